@@ -1,0 +1,81 @@
+"""Batches of pixels in [0, 1] from an in-memory split, made where the split lies, a whole batch at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set: images (n, 3, H, H) uint8 and labels (n,) int64, on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def __getitem__(self, indices: Tensor) -> "Split":
+        """The examples at an index tensor, as a split of their own."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 images -> float32 pixels in [0, 1]; no mean or deviation is taken out, the models expect none to be."""
+    return images.float() / 255
+
+
+def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored with probability 1/2.
+
+    The same distribution as torchvision's RandomCrop(H, padding) and RandomHorizontalFlip, for a whole batch in one
+    gather. images is (N, C, H, W); the result has its shape and dtype.
+    """
+    n, _, height, width = images.shape
+    device = images.device
+    dy, dx = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, device=device)
+    columns = torch.arange(width, device=device).expand(n, width)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+    rows = torch.arange(height, device=device) + dy
+    columns = columns + dx
+    padded = F.pad(images, [padding] * 4)
+    example = torch.arange(n, device=device)[:, None, None]
+    # indices around the channel slice put the channels last; back to (N, C, H, W)
+    return padded[example, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed of its own for each epoch of a run: what makes a resumed run shuffle and augment as if never stopped."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def training_batches(
+    split: Split, batch_size: int, seed: int, epoch: int, augment: bool = True, flip: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
+
+    Yields (pixels (n, 3, H, H) float32, labels (n,)); the last batch may be smaller than batch_size. The crop's padding
+    is H / 8: the usual 4 at 32 x 32.
+    """
+    generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
+    order = torch.randperm(len(split), generator=generator, device=split.images.device)
+    for indices in order.split(batch_size):
+        batch = split[indices]
+        images = batch.images
+        if augment:
+            images = random_crop_and_flip(images, images.shape[-1] // 8, flip, generator)
+        yield to_pixels(images), batch.labels
+
+
+def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split in its own order, un-augmented: (pixels (n, 3, H, H) float32, labels (n,))."""
+    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
+        yield to_pixels(images), labels

@@ -1,0 +1,1 @@
+"""Low-curvature networks: the layers, the architectures built from them, and the selector that names them."""

@@ -1,0 +1,187 @@
+"""The three layers a low-curvature network is made of.
+
+Each bounds one factor of the curvature bound (paper, Theorem 1): the centered softplus bounds its own normalized
+curvature by beta, the spectrally normalized convolution has Lipschitz constant 1, the gamma-Lipschitz BatchNorm has
+Lipschitz constant at most gamma. So beta and gamma are all there is to shrink.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+
+class CenteredSoftplus(nn.Module):
+    """Softplus through the origin with a trainable sharpness beta (paper, section 4.1).
+
+    s0(x) = (softplus(b x) - log 2) / b with b = beta + 1e-3, elementwise on a tensor of any shape.
+    s0(0) = 0, s0' = sigmoid(b x) <= 1 and |s0''| / |s0'| = b (1 - sigmoid(b x)) <= b: Lipschitz constant 1, normalized
+    curvature at most b. beta -> infinity gives ReLU, beta -> 0 gives x / 2.
+
+    Args:
+        init_beta: initial beta, positive. 5 is the reference code's.
+
+    Raises:
+        ValueError: if init_beta is not positive.
+    """
+
+    BETA_OFFSET = 1e-3  # keeps the division by b safe as beta -> 0
+
+    def __init__(self, init_beta: float = 5.0):
+        super().__init__()
+        if not init_beta > 0:
+            raise ValueError(f"init_beta must be positive, got {init_beta}")
+        # the logarithm is trained, so that beta stays positive without a constraint
+        self.log_beta = nn.Parameter(torch.tensor(math.log(init_beta)))
+
+    @property
+    def beta(self) -> Tensor:
+        """The trained beta, a scalar; the quantity the curvature penalty sums (without the 1e-3)."""
+        return self.log_beta.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.beta + self.BETA_OFFSET
+        return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
+
+
+class SpectralNormConv2d(nn.Conv2d):
+    """Convolution whose weight is divided by the spectral norm of the convolution *operator* (Ryu et al., ICML 2019).
+
+    The operator is z -> conv(z) with this layer's stride and zero padding on inputs of ``input_size``, without the
+    bias; its norm is not that of the reshaped kernel. It is estimated by power iteration,
+        v = conv_transpose(u) / ||.||,  u = conv(v) / ||.||,  sigma = <u, conv(v)>,
+    15 iterations at construction, then one per forward in training and none in eval. u (1, out_channels, *output) and
+    v (1, in_channels, *input) are buffers; gradients flow through sigma(weight) with u and v held constant.
+
+    Args:
+        input_size: height and width (int or pair) of the inputs the norm is for. The layer accepts other sizes, but
+            then the operator's norm is only approximately 1.
+        Others as in ``torch.nn.Conv2d``.
+
+    Raises:
+        ValueError: if padding_mode is not "zeros", padding is given by name, or the output would be empty.
+    """
+
+    INITIAL_ITERATIONS = 15
+    EPS = 1e-12
+
+    def __init__(self, in_channels, out_channels, kernel_size, *, input_size=32, **conv_arguments):
+        super().__init__(in_channels, out_channels, kernel_size, **conv_arguments)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise ValueError(f"needs zero padding given as numbers, got {self.padding!r}, {self.padding_mode!r}")
+        self.input_size = _pair(input_size)
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        output_size = [
+            (size + 2 * p - r) // s + 1
+            for size, p, r, s in zip(self.input_size, self.padding, reach, self.stride, strict=True)
+        ]
+        if min(output_size) < 1:
+            raise ValueError(f"a {self.kernel_size} kernel does not fit an input of {self.input_size}")
+        # what conv_transpose must add to come back to the true input size when the stride does not divide it
+        self._output_padding = [
+            size - ((o - 1) * s - 2 * p + r)
+            for size, o, s, p, r in zip(self.input_size, output_size, self.stride, self.padding, reach, strict=True)
+        ]
+        self.register_buffer("u", F.normalize(torch.randn(1, out_channels, *output_size), dim=(1, 2, 3)))
+        self.register_buffer("v", torch.zeros(1, in_channels, *self.input_size))
+        self.power_iteration(self.INITIAL_ITERATIONS)
+
+    def _operator(self, z: Tensor) -> Tensor:
+        return F.conv2d(z, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _adjoint(self, z: Tensor) -> Tensor:
+        return F.conv_transpose2d(
+            z, self.weight, None, self.stride, self.padding, self._output_padding, self.groups, self.dilation
+        )
+
+    def _normalize(self, z: Tensor) -> Tensor:
+        return z / z.norm().clamp_min(self.EPS)  # clamp, not "if": a comparison would wait for the device
+
+    @torch.no_grad()
+    def power_iteration(self, num_iterations: int) -> None:
+        """Improve u and v in place by num_iterations steps."""
+        for _ in range(num_iterations):
+            self.v.copy_(self._normalize(self._adjoint(self.u)))
+            self.u.copy_(self._normalize(self._operator(self.v)))
+
+    def spectral_norm(self) -> Tensor:
+        """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration."""
+        # u and v are cloned because autograd keeps them, and the next training forward overwrites the buffers
+        if not self.training:
+            return (self.u.clone() * self._operator(self.v.clone())).sum()
+        with torch.no_grad():
+            v = self._normalize(self._adjoint(self.u))
+        conv_v = self._operator(v)  # serves the iteration of u and sigma itself
+        u = self._normalize(conv_v.detach())
+        self.v.copy_(v)
+        self.u.copy_(u)
+        return (u * conv_v).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight / self.spectral_norm().clamp_min(self.EPS), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, input_size={self.input_size}"
+
+
+class LipschitzBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm without affine part whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2).
+
+    BatchNorm's own Lipschitz constant is 1 / s with s = min over channels of sqrt(running_var + eps), so
+    y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma). Input and output are (N, num_features, H, W).
+
+    Args:
+        num_features: number of channels.
+        init_gamma: initial gamma, positive. 10 is the reference code's.
+        Others as in ``torch.nn.BatchNorm2d``.
+
+    Raises:
+        ValueError: if init_gamma is not positive.
+    """
+
+    def __init__(self, num_features: int, init_gamma: float = 10.0, eps: float = 1e-5, momentum: float | None = 0.1):
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=False)
+        if not init_gamma > 0:
+            raise ValueError(f"init_gamma must be positive, got {init_gamma}")
+        self.log_gamma = nn.Parameter(torch.tensor(math.log(init_gamma)))
+
+    def clip(self) -> Tensor:
+        """s * min(1/s, gamma) = min(1, s * gamma), the scalar that multiplies the plain BatchNorm's output."""
+        s = (self.running_var.min() + self.eps).sqrt()
+        return (s * self.log_gamma.exp()).clamp(max=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clip = self.clip()  # from the running variance before this batch updates it
+        return super().forward(x) * clip
+
+
+class Layers(NamedTuple):
+    """The layer types that make one architecture standard, low-beta or low-curvature."""
+
+    conv: Callable[..., nn.Conv2d]
+    norm: Callable[[int], nn.BatchNorm2d]
+    activation: Callable[[], nn.Module]
+
+
+def plain_conv(*arguments, input_size, **keywords) -> nn.Conv2d:
+    """``nn.Conv2d`` behind SpectralNormConv2d's signature; a plain convolution does not ask for its input size."""
+    return nn.Conv2d(*arguments, **keywords)
+
+
+# Softplus(beta=1000) is ReLU to a thousandth, but twice differentiable
+STANDARD = Layers(plain_conv, partial(nn.BatchNorm2d, affine=False), partial(nn.Softplus, beta=1000))
+# the paper's "Softplus + weight decay" baseline
+LOWBETA = STANDARD._replace(activation=partial(nn.Softplus, beta=10))
+LCNN = Layers(SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus)
+
+
+def conv_norm(layers: Layers, in_channels: int, out_channels: int, kernel_size: int, **conv_arguments) -> nn.Sequential:
+    """A convolution and the BatchNorm behind it, as children ``conv`` and ``norm``."""
+    conv = layers.conv(in_channels, out_channels, kernel_size, **conv_arguments)
+    return nn.Sequential(OrderedDict(conv=conv, norm=layers.norm(out_channels)))

@@ -1,0 +1,167 @@
+"""The losses networks are trained with: cross-entropy, and penalties on the input gradient and on curvature.
+
+This is the file to edit for an experiment. A loss is a class that takes the model and has
+``compute_loss(input, target) -> scalar tensor``; it sets ``self.metadata`` to the unweighted terms it wants logged
+(they become columns of the metrics file). One line in ``regularizers``, at the end of this file, gives it a name on the
+command line. README, "Writing your own loss", has a complete example.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+
+# G = 1e5 / 128^2 * mean_i ||grad_x l_i||^2: the reference's 1e5 * sum ||grad_x L||^2 / N at its batch size N = 128, but
+# with per-example losses in place of their batch mean L, so that the penalty does not change with the batch size.
+GRADNORM_SCALE = 1e5 / 128**2
+
+
+def with_input_gradient(input: Tensor) -> Tensor:
+    """The same pixels as a tensor that gradients with respect to the input can be taken at."""
+    return input if input.requires_grad else input.detach().requires_grad_()
+
+
+def input_gradient(losses: Tensor, input: Tensor) -> Tensor:
+    """Gradient of each example's loss with respect to its own pixels, itself differentiable (double backprop).
+
+    Args:
+        losses: (N,) per-example losses computed from ``input``.
+        input: (N, ...) tensor that requires a gradient.
+
+    Returns:
+        (N, ...), row i = d(sum of losses) / d(input i). That is the gradient of loss i alone wherever examples do not
+        mix; a BatchNorm in training mode mixes them a little.
+    """
+    return torch.autograd.grad(losses.sum(), input, create_graph=True)[0]
+
+
+def gradnorm_penalty(losses: Tensor, input: Tensor) -> Tensor:
+    """G = (1e5 / 128^2) * mean over examples of ||grad_x l_i||^2 (paper, equation 4), a scalar."""
+    gradient = input_gradient(losses, input)
+    return GRADNORM_SCALE * gradient.square().sum() / len(gradient)
+
+
+def beta_penalty(model: nn.Module) -> Tensor:
+    """B = sum over the centered softplus activations of beta (paper, section 4.3), a scalar; 0 where there are none."""
+    betas = [module.beta for module in model.modules() if isinstance(module, CenteredSoftplus)]
+    return torch.stack(betas).sum() if betas else torch.zeros(())
+
+
+def gamma_penalty(model: nn.Module) -> Tensor:
+    """Gamma = sum over the gamma-Lipschitz BatchNorms of |log gamma|, a scalar; 0 where there are none."""
+    log_gammas = [module.log_gamma for module in model.modules() if isinstance(module, LipschitzBatchNorm2d)]
+    return torch.stack(log_gammas).abs().sum() if log_gammas else torch.zeros(())
+
+
+def require_curvature_parameters(model: nn.Module) -> None:
+    """Raise ValueError if the model has neither a beta nor a gamma for a curvature penalty to shrink."""
+    if not any(isinstance(module, (CenteredSoftplus, LipschitzBatchNorm2d)) for module in model.modules()):
+        raise ValueError(
+            "a curvature penalty needs a network with trainable beta or gamma: resnet18lcnn, resnet34lcnn or vgg11lcnn"
+        )
+
+
+class CELoss:
+    """L, the batch mean of the cross-entropy. The other losses extend it.
+
+    Args:
+        model: maps inputs (N, ...) to logits (N, classes).
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.terms: dict[str, Tensor] = {}
+
+    @property
+    def metadata(self) -> dict[str, float]:
+        """The unweighted terms of the last compute_loss, as floats. Reading it waits for the device; setting it to
+        tensors does not."""
+        return {name: float(term) for name, term in self.terms.items()}
+
+    @metadata.setter
+    def metadata(self, terms: dict[str, Tensor | float]) -> None:
+        self.terms = {name: torch.as_tensor(term).detach() for name, term in terms.items()}
+
+    def losses(self, input: Tensor, target: Tensor) -> Tensor:
+        """(N,) cross-entropy of each example; target holds (N,) class indices."""
+        return F.cross_entropy(self.model(input), target, reduction="none")
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        """The scalar to minimize, for a batch of inputs (N, ...) and class indices (N,)."""
+        raw_loss = self.losses(input, target).mean()
+        self.metadata = {"raw_loss": raw_loss}
+        return raw_loss
+
+
+class GradNormRegularizedLoss(CELoss):
+    """L + reg_constant * G: small input gradients, by double backprop through them."""
+
+    def __init__(self, model: nn.Module, reg_constant: float = 1e-3):
+        super().__init__(model)
+        self.reg_constant = reg_constant
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        input = with_input_gradient(input)
+        losses = self.losses(input, target)
+        raw_loss, gradnorm = losses.mean(), gradnorm_penalty(losses, input)
+        self.metadata = {"raw_loss": raw_loss, "gradnorm": gradnorm}
+        return raw_loss + self.reg_constant * gradnorm
+
+
+class CurvatureRegularizedLoss(CELoss):
+    """L + reg_constants[0] * B + reg_constants[1] * Gamma: small beta and gamma, hence a small bound on curvature.
+
+    Raises:
+        ValueError: if the model has neither a beta nor a gamma.
+    """
+
+    def __init__(self, model: nn.Module, reg_constants: tuple[float, float] = (1e-2, 1e-2)):
+        require_curvature_parameters(model)
+        super().__init__(model)
+        self.reg_constants = reg_constants
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        raw_loss = self.losses(input, target).mean()
+        beta_term, gamma_term = beta_penalty(self.model), gamma_penalty(self.model)
+        self.metadata = {"raw_loss": raw_loss, "beta_term": beta_term, "gamma_term": gamma_term}
+        reg_beta, reg_gamma = self.reg_constants
+        return raw_loss + reg_beta * beta_term + reg_gamma * gamma_term
+
+
+class CurvatureAndGradientRegularizedLoss(CELoss):
+    """L + reg_constants[0] * B + reg_constants[1] * Gamma + reg_constants[2] * G: the paper's LCNN + GradReg.
+
+    Raises:
+        ValueError: if the model has neither a beta nor a gamma.
+    """
+
+    def __init__(self, model: nn.Module, reg_constants: tuple[float, float, float] = (1e-2, 1e-2, 1e-3)):
+        require_curvature_parameters(model)
+        super().__init__(model)
+        self.reg_constants = reg_constants
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        input = with_input_gradient(input)
+        losses = self.losses(input, target)
+        raw_loss, gradnorm = losses.mean(), gradnorm_penalty(losses, input)
+        beta_term, gamma_term = beta_penalty(self.model), gamma_penalty(self.model)
+        self.metadata = {
+            "raw_loss": raw_loss,
+            "beta_term": beta_term,
+            "gamma_term": gamma_term,
+            "gradnorm": gradnorm,
+        }
+        reg_beta, reg_gamma, reg_gnorm = self.reg_constants
+        return raw_loss + reg_beta * beta_term + reg_gamma * gamma_term + reg_gnorm * gradnorm
+
+
+# --regularizer NAME -> the loss it trains with; ``flags`` are train_models.py's parsed flags
+regularizers = {
+    "none": lambda model, flags: CELoss(model),
+    "gnorm": lambda model, flags: GradNormRegularizedLoss(model, flags.reg_gnorm),
+    "curvature": lambda model, flags: CurvatureRegularizedLoss(model, (flags.reg_beta, flags.reg_gamma)),
+    "curvature_and_gnorm": lambda model, flags: CurvatureAndGradientRegularizedLoss(
+        model, (flags.reg_beta, flags.reg_gamma, flags.reg_gnorm)
+    ),
+}

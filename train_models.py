@@ -1,0 +1,199 @@
+"""Train a standard or a low-curvature network, with any of the regularized losses.
+
+    python train_models.py --model-arch resnet18lcnn --regularizer curvature_and_gnorm --dataset cifar100
+
+Writes <output-dir>/<arch>[_<regularizer>]_<dataset>.pt, and beside it ..._metrics.csv and ....png.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.batches import epoch_seed, to_pixels, training_batches
+from data.datasets import datasets, load_dataset
+from models.model_selector import model_architecture
+from regularized_loss import regularizers
+from utils import cli
+from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.errors import UsageError, UserError
+from utils.plots import plot_training
+from utils.progress import progress
+from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_flags, write_metrics
+from utils.training import (
+    build_optimizer,
+    calibrate_batchnorm,
+    count_parameters,
+    evaluate,
+    format_metrics,
+    is_finite,
+    learning_rate,
+    train_epoch,
+)
+
+CALIBRATION_IMAGES = 512
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="train_models.py", description=__doc__.splitlines()[0])
+
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--model-arch", choices=model_architecture, default="resnet18", help="the network")
+    what.add_argument("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
+    what.add_argument("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
+    what.add_argument(
+        "--image-size", type=cli.image_size, help="resize to this, a multiple of 16 (default: 32; digits 16)"
+    )
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
+    recipe.add_argument("--batch-size", type=cli.positive_int, default=128, help="examples per step")
+    recipe.add_argument(
+        "--lr", type=cli.positive_float, default=0.1, help="initial learning rate; x 0.1 after 75%% and 87.5%%"
+    )
+    recipe.add_argument("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma")
+    recipe.add_argument("--momentum", type=cli.number(float, 0, 1), default=0.9, help="of SGD")
+    recipe.add_argument("--reg-gnorm", type=cli.nonnegative_float, default=1e-3, help="weight of the gradient norm")
+    recipe.add_argument("--reg-beta", type=cli.nonnegative_float, default=1e-2, help="weight of the sum of beta")
+    recipe.add_argument(
+        "--reg-gamma", type=cli.nonnegative_float, default=1e-2, help="weight of the sum of |log gamma|"
+    )
+    recipe.add_argument(
+        "--augment", action=argparse.BooleanOptionalAction, default=True, help="random crops and flips (default: on)"
+    )
+    recipe.add_argument(
+        "--calibrate-batchnorm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)",
+    )
+
+    files = parser.add_argument_group("files")
+    files.add_argument("--data-dir", default="datasets", help="where the data set's files are, or go")
+    files.add_argument("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
+    files.add_argument("--output-dir", type=Path, default=Path("saved_models"), help="where the run's files go")
+    existing = files.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run of this name, if there is one")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run of this name, if there is one")
+
+    cli.add_shared_flags(parser)
+    parser.add_argument(
+        "--strong-determinism-wanted",
+        "--strong_determinism_wanted",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="same bits every time on the same machine (default: on)",
+    )
+    return parser
+
+
+def train(flags: argparse.Namespace) -> Path:
+    """Train as the flags say, and return the path of the finished checkpoint.
+
+    Raises:
+        UserError: on flags, files or data that do not do; what was saved before stays.
+    """
+    try:  # a loss that does not go with the network, before anything is loaded
+        regularizers[flags.regularizer](model_architecture[flags.model_arch](2, input_size=16), flags)
+    except ValueError as error:
+        raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
+    flags.image_size = flags.image_size or datasets[flags.dataset].image_size
+    recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
+    recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
+    files = RunFiles.named(flags)
+    saved = None
+    if flags.resume and (path := files.saved()):
+        saved = read_checkpoint(path)
+        check_same_flags(path, saved, recorded_flags)
+        if path == files.checkpoint:
+            print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
+            return path
+    elif not flags.overwrite:
+        files.refuse_to_overwrite()
+
+    cli.seed_everything(flags.prng_seed, flags.strong_determinism_wanted)
+    data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
+    num_classes = len(data.class_names)
+    model = model_architecture[flags.model_arch](num_classes, input_size=flags.image_size).to(flags.device)
+    loss = regularizers[flags.regularizer](model, flags)
+    optimizer = build_optimizer(model, flags.lr, flags.momentum, flags.weight_decay)
+    print(
+        f"{flags.model_arch} ({count_parameters(optimizer)}) with {type(loss).__name__} on {flags.dataset}: "
+        f"{len(data.train)} training and {len(data.test)} test images of {flags.image_size} x {flags.image_size}, "
+        f"{num_classes} classes; {flags.device}, torch {torch.__version__}"
+    )
+
+    metrics = []
+    if saved:
+        if saved["num_classes"] != num_classes:
+            raise UserError(f"{files.unfinished} was trained on {saved['num_classes']} classes, not {num_classes}")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        metrics = saved["metrics"]
+        print(f"resuming {files.unfinished} after epoch {saved['epoch']}")
+    elif flags.calibrate_batchnorm:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(flags.prng_seed))
+        calibrate_batchnorm(model, to_pixels(data.train.images[order[:CALIBRATION_IMAGES].to(flags.device)]))
+
+    checkpoint = {
+        "model_arch": flags.model_arch,
+        "dataset": flags.dataset,
+        "num_classes": num_classes,
+        "image_size": flags.image_size,
+        "class_names": data.class_names,
+        "flags": recorded_flags,
+    }
+    num_steps = -(-len(data.train) // flags.batch_size)
+    for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
+        # a loss that draws random numbers resumes as exactly as the rest
+        torch.manual_seed(epoch_seed(flags.prng_seed, epoch))
+        lr = learning_rate(flags.lr, epoch, flags.num_epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = training_batches(data.train, flags.batch_size, flags.prng_seed, epoch, flags.augment, data.flip)
+
+        start = time.perf_counter()
+        terms = train_epoch(model, loss, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
+        seconds = time.perf_counter() - start
+        test_loss, test_accuracy = evaluate(model, data.test)
+
+        row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}
+        if not is_finite(row):
+            raise UserError(
+                f"epoch {epoch} ended with {format_metrics(row)}; nothing of it was saved. A smaller --lr may help"
+            )
+        metrics.append(row | {"seconds": seconds, "images_per_second": len(data.train) / seconds})
+        print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
+        progress_made = checkpoint | {"epoch": epoch, "metrics": metrics, "model": model.state_dict()}
+        if epoch < flags.num_epochs:
+            save_checkpoint(files.unfinished, progress_made | {"optimizer": optimizer.state_dict()})
+        else:
+            save_checkpoint(files.checkpoint, progress_made)
+            files.unfinished.unlink(missing_ok=True)
+        write_metrics(files.metrics, metrics)
+    plot_training(files.picture, files.checkpoint.stem, metrics, model)
+    print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
+    return files.checkpoint
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def command(flags: argparse.Namespace) -> None:
+        try:
+            train(flags)
+        except KeyboardInterrupt:
+            again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+            print(f"\nto go on after the last finished epoch: python train_models.py {shlex.join(again)} --resume")
+            raise
+
+    return cli.run(build_parser(), command, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Checkpoints: what a run saves, and models read back from it or from the reference code's files.
+
+A checkpoint is one torch file of plain tensors, dicts, lists, numbers and strings (loaded with weights_only=True):
+
+    format "lcnn", version 1; model_arch, dataset, num_classes, image_size, class_names, flags (all of the run's);
+    epoch (the last one done), metrics (one dict per epoch), model (state_dict), and, until the run is finished,
+    optimizer (state_dict).
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.model_selector import model_architecture
+from utils.errors import UsageError, UserError
+from utils.reference_checkpoint import convert_reference_checkpoint
+
+FORMAT = {"format": "lcnn", "version": 1}
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(binary file) on a temporary neighbour of path, then put it in path's place in one step.
+
+    Whoever reads path finds the old content or the new, never a part; if anything fails the old one stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value):
+    """Nested dicts and lists with every tensor detached on the CPU: readable on any machine without pickled classes."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint atomically; path keeps its old content if that fails."""
+    write_atomically(path, lambda file: torch.save(plain(FORMAT | checkpoint), file))
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of ours, or a bare state_dict of the reference code as if it were one (without ``format``).
+
+    Raises:
+        UserError: if there is no such file, it is damaged, or it is another program's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        raise UserError(
+            f"{path}: not a readable checkpoint (damaged, or not plain tensors: {str(error).splitlines()[0][:100]})"
+        ) from error
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT["format"]:
+        if checkpoint.get("version") != FORMAT["version"]:
+            raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
+        return checkpoint
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise UserError(f"{path}: another program's file, not a checkpoint of this one or of the reference code")
+    try:
+        return convert_reference_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def check_architecture(checkpoint: dict, path: str | Path, model_arch: str | None) -> str:
+    """The architecture to build: the checkpoint's own, which model_arch (if given) must agree with.
+
+    A reference file does not record the activation's sharpness, so there "resnet18lowbeta" may stand for "resnet18".
+    """
+    own = checkpoint["model_arch"]
+    if model_arch in (None, own) or ("format" not in checkpoint and model_arch == f"{own}lowbeta"):
+        return model_arch or own
+    raise UsageError(f"{path} holds a {own}, not a {model_arch}; leave --model-arch out")
+
+
+def build_model(checkpoint: dict, path: str | Path, model_arch: str | None = None) -> nn.Module:
+    """The network of a checkpoint, on the CPU, in eval mode, in the checkpoint's own dtype.
+
+    Raises:
+        UsageError: if model_arch is given and is another architecture.
+        UserError: if the weights do not fit the architecture.
+    """
+    arch = check_architecture(checkpoint, path, model_arch)
+    if arch not in model_architecture:
+        raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
+    state = checkpoint["model"]
+    model = model_architecture[arch](checkpoint["num_classes"], checkpoint["image_size"])
+    try:
+        model.to(state["classifier.bias"].dtype).load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: the weights do not fit a {arch} ({reason})") from error
+    return model.eval()
+
+
+def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
+    """The network saved in a checkpoint of ours or of the reference code, in eval mode, in its own dtype.
+
+    Args:
+        path: the checkpoint file.
+        model_arch: its architecture, if you want that checked.
+
+    Returns:
+        A module mapping (N, 3, H, H) pixels in [0, 1] to (N, classes) logits, H the checkpoint's image size.
+
+    Raises:
+        UserError: if the file is missing, damaged or foreign, or disagrees with model_arch.
+    """
+    return build_model(read_checkpoint(path), path, model_arch)

@@ -1,0 +1,125 @@
+"""What the entry scripts' command lines share: flag types, one-line errors, exit codes, the device, the seed."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from utils.errors import UsageError, UserError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, except a default of None: there the help text says what happens."""
+
+    def _get_help_string(self, action):
+        if action.default is None or isinstance(action, argparse.BooleanOptionalAction):
+            return action.help  # BooleanOptionalAction's default is added below, once, on every Python
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without prefix abbreviation, whose errors are one line instead of a usage text."""
+
+    def __init__(self, **arguments):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **arguments)
+
+    def error(self, message):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def number(
+    convert: type, minimum: float, maximum: float = math.inf, *, exclusive: bool = False, multiple_of: int = 1
+) -> Callable[[str], float]:
+    """An argparse type: a finite int or float in [minimum, maximum] (or (minimum, maximum] with ``exclusive``)."""
+    bound = f"more than {minimum}" if exclusive else f"at least {minimum}"
+    bound += f" and at most {maximum}" if maximum < math.inf else ""
+    bound += f" and a multiple of {multiple_of}" if multiple_of > 1 else ""
+
+    def parse(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if convert is int else ' number'}") from None
+        if not math.isfinite(value) or value < minimum or value > maximum or (exclusive and value == minimum):
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        if multiple_of > 1 and value % multiple_of:
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+positive_float = number(float, 0, exclusive=True)
+nonnegative_float = number(float, 0)
+fraction = number(float, 0, 1, exclusive=True)
+image_size = number(int, 16, multiple_of=16)
+
+
+def device(text: str) -> torch.device:
+    """An argparse type: "auto" (a GPU where there is one) or a torch device that works here."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(text)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try cpu") from None
+    if chosen.type == "meta":
+        raise argparse.ArgumentTypeError("'meta' holds no numbers; try cpu")
+    return chosen
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """--device and --seed, the same in every script."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
+    group.add_argument(
+        "--prng-seed",
+        "--prng_seed",
+        "--seed",
+        type=number(int, 0, 2**31),
+        default=1729,
+        help="seed of everything random",
+    )
+
+
+def seed_everything(seed: int, strong_determinism: bool) -> None:
+    """Seed torch's generators; with strong_determinism also forbid operations whose result can differ between runs."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(strong_determinism)
+    if strong_determinism:
+        # cuBLAS reads it when it starts: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        # deterministic mode also fills fresh memory, which guards against reading it unset and costs 12-15 %
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    # the two contradict each other: benchmarking picks kernels by their time
+    torch.backends.cudnn.benchmark = not strong_determinism
+
+
+def run(
+    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+) -> int:
+    """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C.
+
+    An error a user can cause ends as one line on stderr. Others keep their traceback: they are ours to mend.
+    """
+    try:
+        command(parser.parse_args(argv))
+        return 0
+    except SystemExit as stop:  # --help
+        return stop.code or 0
+    except UserError as error:
+        message, code = str(error), error.exit_code
+    except torch.OutOfMemoryError as error:
+        message, code = f"out of memory ({str(error).splitlines()[0]}); try a smaller --batch-size", 1
+    except OSError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{parser.prog}: {'' if code == 130 else 'error: '}{message}", file=sys.stderr)
+    return code

@@ -1,0 +1,106 @@
+"""Measuring a whole split: choosing its examples, going through them in batches, and reporting."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import Split, batches
+from utils.checkpoint import write_atomically
+from utils.curvature import CurvatureEstimate, estimate_curvature
+from utils.progress import progress
+
+QUANTITIES = {
+    "gradient_norm": "gradient norm ||grad l||",
+    "hessian_norm": "Hessian norm ||hess l||",
+    "curvature": "normalized curvature C",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on the chosen examples of one split."""
+
+    model: str  # the checkpoint's path
+    split: str  # train or test
+    test_accuracy: float  # percent, on the whole test split
+    indices: Tensor  # (N,) positions in the split
+    labels: Tensor  # (N,)
+    estimate: CurvatureEstimate  # of (N,) tensors, on the CPU
+
+    @property
+    def label(self) -> str:
+        return f"{Path(self.model).stem}\n{self.split}"
+
+
+def choose_examples(num_examples: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """round(fraction * n) of the n examples, at least 1, at random: positions, each at most once, increasing."""
+    count = max(1, round(fraction * num_examples))
+    return torch.randperm(num_examples, generator=generator)[:count].sort().values
+
+
+def measure_split(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    num_iterations: int,
+    generator: torch.Generator,
+    description: str = "",
+) -> CurvatureEstimate:
+    """estimate_curvature on every example of a split, in its order, batch by batch; the result is on the CPU."""
+    num_batches = -(-len(split) // batch_size)
+    estimates = [
+        estimate_curvature(model, images, labels, num_iterations=num_iterations, generator=generator)
+        for images, labels in progress(batches(split, batch_size), description, num_batches, "batches")
+    ]
+    return CurvatureEstimate.concatenate(estimates).to("cpu")
+
+
+def summarize(values: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and median of the finite ones among (N,) values."""
+    values = values[values.isfinite()].double()
+    if not len(values):
+        return {"mean": float("nan"), "sd": float("nan"), "median": float("nan")}
+    return {"mean": float(values.mean()), "sd": float(values.std(correction=0)), "median": float(values.median())}
+
+
+def format_measurement(measurement: Measurement) -> str:
+    """Mean, sd and median of the three quantities, the number of examples, and how converged they are."""
+    estimate = measurement.estimate
+    lines = [f"  {measurement.split}, {len(estimate)} examples"]
+    for name, title in QUANTITIES.items():
+        s = summarize(getattr(estimate, name))
+        lines.append(f"    {title:<26} {s['mean']:.6g} +/- {s['sd']:.3g}, median {s['median']:.6g}")
+    residual = estimate.residual
+    lines.append(f"    relative residual          median {residual.nanmedian():.2g}, worst {residual.max():.2g}")
+    bad = int((~estimate.curvature.isfinite()).sum())
+    if bad:
+        where = measurement.indices[~estimate.curvature.isfinite()][:5].tolist()
+        lines.append(f"    {bad} examples are not finite and are left out of the above, first at {where}")
+    return "\n".join(lines)
+
+
+def comparison_table(measurements: list[Measurement]) -> str:
+    """The means of every model side by side, one row per model and split."""
+    width = max(len(Path(m.model).stem) for m in measurements)
+    header = f"{'model':<{width}}  split  accuracy   ||grad l||   ||hess l||  curvature C"
+    rows = [
+        f"{Path(m.model).stem:<{width}}  {m.split:<5}  {m.test_accuracy if m.split == 'test' else float('nan'):>7.2f}%"
+        + "".join(f" {summarize(getattr(m.estimate, name))['mean']:>12.4g}" for name in QUANTITIES)
+        for m in measurements
+    ]
+    return "\n".join([header, *rows])
+
+
+def write_measurements(path: Path, measurements: list[Measurement]) -> None:
+    """One CSV row per model, split and example; written atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "split", "index", "label", *QUANTITIES, "residual"])
+    for m in measurements:
+        columns = [m.indices, m.labels, *(getattr(m.estimate, name) for name in QUANTITIES), m.estimate.residual]
+        writer.writerows([m.model, m.split, *row] for row in zip(*(c.tolist() for c in columns), strict=True))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

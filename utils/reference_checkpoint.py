@@ -1,0 +1,110 @@
+"""Reading the state_dicts that the authors' reference code (kylematoba/lcnn) saves, to compute exactly its function.
+
+Its modules are nested nn.Sequentials, so its keys are paths of numbers: 0.0 is the stem, 1.0.1.f1 the first
+convolution of the first block, 25 a VGG's last layer.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layers import SpectralNormConv2d
+from models.model_selector import model_architecture
+from utils.errors import UserError
+
+# the reference's module path -> ours
+RESNET_MODULES = [
+    (r"^0\.0\.", "stem."),
+    (r"^0\.1\.", "activation."),
+    (r"^([1-4])\.(\d+)\.1\.f1\.", r"stages.\1.\2.conv1."),
+    (r"^([1-4])\.(\d+)\.1\.f2\.", r"stages.\1.\2.shortcut."),
+    (r"^([1-4])\.(\d+)\.2\.f1\.", r"stages.\1.\2.activation1."),
+    (r"^([1-4])\.(\d+)\.3\.f1\.", r"stages.\1.\2.conv2."),
+    (r"^([1-4])\.(\d+)\.5\.", r"stages.\1.\2.activation2."),
+    (r"^7\.", "classifier."),
+]
+VGG_MODULES = [(r"^25\.", "classifier."), (r"^(\d+)\.", r"features.\1.")]
+# the reference's names inside a convolution with its BatchNorm -> ours
+CONV_NORM_NAMES = [
+    (r"\.conv\.parametrizations\.weight\.original$", ".conv.weight"),
+    (r"\.conv\.parametrizations\.weight\.0\._([uv])$", r".conv.\1"),
+    (r"\.bn\.", ".norm."),
+    (r"\.log_lipschitz$", ".norm.log_gamma"),
+]
+
+
+def reference_architecture(state: dict[str, Tensor]) -> str | None:
+    """The architecture a reference state_dict belongs to, by its keys; None if it is not the reference's."""
+    if "7.parametrizations.weight.original" in state:
+        blocks = sum(1 for key in state if re.fullmatch(r"[1-4]\.\d+\.1\.f1\.bn\.running_var", key))
+        name = {8: "resnet18", 16: "resnet34"}.get(blocks)
+    else:
+        name = "vgg11" if "25.weight" in state and "22.bn.running_var" in state else None
+    is_lcnn = any(key.endswith("conv.parametrizations.weight.original") for key in state)
+    return name + "lcnn" * is_lcnn if name else None
+
+
+def our_key(key: str, arch: str) -> str:
+    """Our name for a key of the reference's state_dict."""
+    for pattern, replacement in RESNET_MODULES if arch.startswith("resnet") else VGG_MODULES:
+        renamed, matches = re.subn(pattern, replacement, key)
+        if matches:
+            key = renamed
+            break
+    if key.startswith("stages."):  # the reference counts its stages from 1
+        key = re.sub(r"\d", lambda digit: str(int(digit[0]) - 1), key, count=1)
+    if not key.startswith("classifier."):
+        for pattern, replacement in CONV_NORM_NAMES:
+            key = re.sub(pattern, replacement, key)
+    return key
+
+
+@torch.no_grad()
+def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int, input_size: int) -> None:
+    """Bring u and v of the strided convolutions to our sizes, in place, keeping the network's function to rounding.
+
+    The reference iterates u at the layer's input size, so for stride 2 its v is (2H-1) x (2H-1) and its
+    sigma_reference the norm of an operator on that larger domain. We recompute u and v on the true domain, and leave
+    sigma_reference / sigma in the length of u: in eval the layer then divides by <u, conv(v)> = sigma_reference,
+    exactly as the reference, with every other parameter untouched; the first training forward normalizes u and
+    continues with the true norm.
+
+    The alternative, absorbing the factor in the following BatchNorm (mean / c, (var + eps) / c^2 - eps,
+    log gamma + log c), changes gamma and with it the value of the gamma penalty.
+    """
+    model = model_architecture[arch](num_classes, input_size).to(state["classifier.bias"].dtype)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SpectralNormConv2d) and layer.stride != (1, 1):
+            weight, u, v = (state[f"{name}.{key}"] for key in ("weight", "u", "v"))
+            sigma_reference = (u * F.conv2d(v, weight, None, layer.stride, layer.padding)).sum()
+            layer.weight.copy_(weight)
+            layer.u.copy_(F.interpolate(u, layer.u.shape[-2:], mode="bilinear"))  # near the answer, and not random
+            layer.power_iteration(100)
+            state[f"{name}.u"] = layer.u * (sigma_reference / layer.eval().spectral_norm())
+            state[f"{name}.v"] = layer.v
+
+
+def convert_reference_checkpoint(state: dict[str, Tensor]) -> dict:
+    """A bare state_dict saved by the reference as a checkpoint of ours: architecture, sizes and model state.
+
+    The VGGs share one activation there, saved under several names with one beta; each of ours gets that beta.
+
+    Raises:
+        UserError: if the keys are not those of any of the reference's architectures.
+    """
+    arch = reference_architecture(state)
+    if arch is None:
+        raise UserError("is neither a checkpoint of this program nor a state_dict of the reference code's networks")
+    converted = {our_key(key, arch): value for key, value in state.items()}
+    if not arch.endswith("lcnn"):  # the reference's standard networks carry a gamma that nothing uses
+        converted = {key: value for key, value in converted.items() if not key.endswith("log_gamma")}
+    try:
+        num_classes = len(converted["classifier.bias"])
+        input_size = 32
+        if arch.endswith("lcnn"):
+            adapt_strided_vectors(converted, arch, num_classes, input_size)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"is not a complete state_dict of the reference's {arch} ({error})") from error
+    return {"model_arch": arch, "num_classes": num_classes, "image_size": input_size, "model": converted}

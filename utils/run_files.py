@@ -1,0 +1,68 @@
+"""The files of one training run, and the rules that keep one run from overwriting another."""
+
+import argparse
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checkpoint import write_atomically
+from utils.errors import UsageError
+
+# flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
+MACHINE_FLAGS = {"device", "output_dir", "download", "resume", "overwrite"}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Paths of a run: <arch>[_<regularizer>]_<dataset>.pt at its end, ....unfinished.pt after each epoch until then."""
+
+    checkpoint: Path
+    unfinished: Path
+    metrics: Path
+    picture: Path
+
+    @staticmethod
+    def named(flags: argparse.Namespace) -> "RunFiles":
+        """The files of the run that train_models.py's flags describe; makes the output directory."""
+        regularizer = [] if flags.regularizer == "none" else [flags.regularizer]
+        name = "_".join([flags.model_arch, *regularizer, flags.dataset])
+        directory = flags.output_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        return RunFiles(
+            *(directory / f"{name}{suffix}" for suffix in (".pt", ".unfinished.pt", "_metrics.csv", ".png"))
+        )
+
+    def saved(self) -> Path | None:
+        """What there is to resume: the finished checkpoint, else the unfinished one, else None."""
+        return next((path for path in (self.checkpoint, self.unfinished) if path.exists()), None)
+
+    def refuse_to_overwrite(self) -> None:
+        """Raise UsageError if a run of this name is there."""
+        if path := self.saved():
+            raise UsageError(
+                f"{path} exists; pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
+            )
+
+
+def check_same_flags(path: Path, checkpoint: dict, flags: dict) -> None:
+    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved."""
+    theirs = checkpoint.get("flags")
+    if theirs is None:
+        raise UsageError(f"{path} was not written by train_models.py and cannot be resumed")
+    for name in sorted(theirs.keys() | flags.keys()):
+        if name != "data_dir" and theirs.get(name) != flags.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"--resume: {path} was started with {flag} {theirs.get(name)}, not {flags.get(name)}; "
+                "give the same flags, or another --output-dir"
+            )
+
+
+def write_metrics(path: Path, metrics: list[dict]) -> None:
+    """All epochs' metrics as a CSV, one header, each epoch once; written atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(metrics[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(metrics)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

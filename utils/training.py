@@ -1,0 +1,112 @@
+"""Training: the optimizer, one epoch, evaluation, and the BatchNorm statistics a low-curvature network starts from."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batches import Split, batches
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+from regularized_loss import CELoss
+
+
+def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with weight decay on everything except log beta and log gamma (paper, appendix: they have penalties)."""
+    undecayed = [m.log_beta for m in model.modules() if isinstance(m, CenteredSoftplus)]
+    undecayed += [m.log_gamma for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
+    undecayed_ids = {id(parameter) for parameter in undecayed}
+    decayed = [parameter for parameter in model.parameters() if id(parameter) not in undecayed_ids]
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+
+def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
+    """The rate for an epoch counted from 1: initial, times 0.1 after 75 % of the epochs and again after 87.5 %.
+
+    A function of the epoch alone, so a resumed run needs no scheduler state. A milestone that rounds down to zero
+    epochs is passed over: a one-epoch run trains at the initial rate.
+    """
+    milestones = [int(fraction * num_epochs) for fraction in (0.75, 0.875)]
+    return initial * 0.1 ** sum(0 < milestone < epoch for milestone in milestones)
+
+
+def train_epoch(
+    model: nn.Module, loss: CELoss, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """One pass of optimizer steps over batches of (pixels (n, 3, H, H), labels (n,)), the model in training mode.
+
+    Returns:
+        Means over the examples: ``train_loss``, the quantity minimized, and each unweighted term of ``loss``.
+    """
+    model.train()
+    sums: dict[str, Tensor] = {}  # stay on the device: reading a number after every step would wait for it
+    num_examples = 0
+    for images, labels in batches:
+        optimizer.zero_grad(set_to_none=True)
+        total = loss.compute_loss(images, labels)
+        total.backward()
+        optimizer.step()
+        for name, term in {"train_loss": total.detach(), **loss.terms}.items():
+            sums[name] = sums.get(name, 0.0) + term * len(labels)
+        num_examples += len(labels)
+    return {name: float(value) / num_examples for name, value in sums.items()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, batch_size: int = 256) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in percent on a split, un-augmented, the model left in eval mode."""
+    model.eval()
+    loss = torch.zeros((), device=split.images.device)
+    correct = torch.zeros((), dtype=torch.int64, device=split.images.device)
+    for images, labels in batches(split, batch_size):
+        logits = model(images)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return float(loss) / len(split), 100 * int(correct) / len(split)
+
+
+@torch.no_grad()
+def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
+    """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.
+
+    Behind spectrally normalized convolutions the standard deviations are some hundredths, far from the initial 1, and
+    running averages take a hundred steps to get there; until then the clip min(1, s gamma) moves under the network.
+    Each layer's statistics are set just before it is applied, so that the next one sees what it will see in eval.
+    """
+
+    def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
+
+    was_training = model.training
+    hooks = [m.register_forward_pre_hook(set_statistics) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    try:
+        model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+
+
+def is_finite(terms: dict[str, float]) -> bool:
+    """Whether every value is a number one can go on from."""
+    return all(math.isfinite(value) for value in terms.values())
+
+
+def count_parameters(optimizer: torch.optim.Optimizer) -> str:
+    """How many numbers are trained, and how many of them are a beta or a gamma, in words."""
+    counts = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
+    return f"{counts[0]:,} weights" + (f", {counts[1]} beta and gamma" if len(counts) > 1 else "")
+
+
+FORMATS = {"learning_rate": "g", "test_accuracy": ".2f", "seconds": ".1f", "images_per_second": ".0f", "epoch": "d"}
+
+
+def format_metrics(row: dict[str, float]) -> str:
+    """One epoch's metrics for the screen: name value, two spaces, name value, ..."""
+    shown = (f"{name} {format(value, FORMATS.get(name, '.4f'))}" for name, value in row.items() if name != "epoch")
+    return "  ".join(shown)
