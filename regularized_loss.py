@@ -77,7 +77,7 @@ class CELoss:
     def metadata(self) -> dict[str, float]:
         """The unweighted terms of the last compute_loss, as floats. Reading it waits for the device; setting it to
         tensors does not."""
-        return {name: float(term) for name, term in self.terms.items()}
+        return {name: term.item() for name, term in self.terms.items()}
 
     @metadata.setter
     def metadata(self, terms: dict[str, Tensor | float]) -> None:

@@ -32,6 +32,7 @@ from utils.training import (
     format_metrics,
     is_finite,
     learning_rate,
+    set_batchnorm_momentum,
     train_epoch,
 )
 
@@ -64,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument(
         "--augment", action=argparse.BooleanOptionalAction, default=True, help="random crops and flips (default: on)"
+    )
+    recipe.add_argument(
+        "--bn-momentum", type=cli.number(float, 0, 1, exclusive=True), default=0.1, help="of BatchNorm's statistics"
     )
     recipe.add_argument(
         "--calibrate-batchnorm",
@@ -119,6 +123,7 @@ def train(flags: argparse.Namespace) -> Path:
     data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
     num_classes = len(data.class_names)
     model = model_architecture[flags.model_arch](num_classes, input_size=flags.image_size).to(flags.device)
+    set_batchnorm_momentum(model, flags.bn_momentum)
     loss = regularizers[flags.regularizer](model, flags)
     optimizer = build_optimizer(model, flags.lr, flags.momentum, flags.weight_decay)
     print(

@@ -1,4 +1,4 @@
-"""ResNets for small images, standard and low-curvature (paper, section 5; METHOD: 64-128-256-512 channels)."""
+"""ResNets for small images, standard and low-curvature (paper, section 5)."""
 
 import math
 from collections.abc import Sequence

@@ -8,6 +8,10 @@ from torch import nn
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from utils.checkpoint import write_atomically
 
+# the columns of a run's metrics that every loss has; the others are the terms of a particular loss
+NOT_PENALTIES = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds"}
+NOT_PENALTIES |= {"images_per_second"}
+
 
 def new_figure(columns: int):
     """A row of panels that needs no display."""
@@ -28,8 +32,8 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         metrics: one dict per epoch, as in metrics.csv.
         model: the trained network; layers are drawn in the order of its modules, from input to output in ours.
     """
-    betas = [float(m.beta) for m in model.modules() if isinstance(m, CenteredSoftplus)]
-    gammas = [float(m.log_gamma.exp()) for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
+    betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
+    gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
     figure, axes = new_figure(3 + bool(betas) + bool(gammas))
     figure.suptitle(title)
     epochs = [row["epoch"] for row in metrics]
@@ -41,14 +45,16 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         if name in metrics[0]:
             curve(axes[0], name)
     axes[0].set(xlabel="epoch", title="loss")
+    for axis in axes[:3]:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend()
     curve(axes[1], "test_accuracy")
     axes[1].set(xlabel="epoch", title="test accuracy, %")
 
-    known = ("epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds")
-    for name in [name for name in metrics[0] if name not in (*known, "images_per_second")] or ["learning_rate"]:
+    penalties = [name for name in metrics[0] if name not in NOT_PENALTIES]
+    for name in penalties or ["learning_rate"]:
         curve(axes[2], name)
-    axes[2].set(xlabel="epoch", title="unweighted penalty terms" if len(metrics[0]) > 8 else "learning rate")
+    axes[2].set(xlabel="epoch", title="unweighted penalty terms" if penalties else "learning rate")
     axes[2].set_yscale("log")
     axes[2].legend()
 

@@ -69,6 +69,14 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 256) -> tuple[flo
     return float(loss) / len(split), 100 * int(correct) / len(split)
 
 
+def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:
+    """How much of each batch enters the running statistics. torch's (and the paper's) 0.1 averages over some 20 steps;
+    a short low-curvature run needs more, see calibrate_batchnorm."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+
+
 @torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
     """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.

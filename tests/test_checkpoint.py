@@ -1,0 +1,123 @@
+"""Checkpoints: what they hold, and what happens to those that are not whole or not ours."""
+
+import pytest
+import torch
+from conftest import assert_one_line_error, run_script
+
+from models.model_selector import model_architecture
+from utils.checkpoint import load_model, save_checkpoint, write_atomically
+from utils.errors import UsageError, UserError
+
+
+def checkpoint_of(model: torch.nn.Module, arch: str = "vgg11") -> dict:
+    return {
+        "model_arch": arch,
+        "dataset": "digits",
+        "num_classes": 10,
+        "image_size": 16,
+        "class_names": [str(i) for i in range(10)],
+        "flags": {"data_dir": "datasets"},
+        "epoch": 1,
+        "metrics": [],
+        "model": model.state_dict(),
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return model_architecture["vgg11"](10, input_size=16).eval()
+
+
+@pytest.fixture
+def path(tmp_path, model):
+    save_checkpoint(tmp_path / "model.pt", checkpoint_of(model))
+    return tmp_path / "model.pt"
+
+
+def test_load_model_gives_back_the_same_function_in_its_own_dtype(path, model, tmp_path):
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_model(path)(x), model(x))
+    assert torch.equal(load_model(path, "vgg11")(x), model(x))
+    assert not load_model(path).training
+    double = model_architecture["vgg11lcnn"](10, input_size=16).double().eval()
+    save_checkpoint(tmp_path / "double.pt", checkpoint_of(double, "vgg11lcnn"))
+    assert torch.equal(load_model(tmp_path / "double.pt")(x.double()), double(x.double()))
+
+
+def test_a_checkpoint_is_plain(path):
+    """Nothing but dicts, lists, tensors, numbers and strings, so that weights_only loading needs no allowance."""
+    kinds = set()
+
+    def visit(value):
+        kinds.add(type(value))
+        if type(value) is dict:
+            for item in value.values():
+                visit(item)
+        if type(value) is list:
+            for item in value:
+                visit(item)
+
+    visit(torch.load(path, weights_only=True))
+    assert kinds <= {dict, list, torch.Tensor, int, float, str, bool, type(None)}
+
+
+def test_load_model_errors(path, tmp_path, model):
+    with pytest.raises(UsageError, match="holds a vgg11, not a resnet18"):
+        load_model(path, "resnet18")
+    with pytest.raises(UserError, match="no such"):
+        load_model(tmp_path / "absent.pt")
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"cut\.pt: not a readable checkpoint"):
+        load_model(tmp_path / "cut.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match=r"foreign\.pt: is neither"):
+        load_model(tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="another program's"):
+        load_model(tmp_path / "list.pt")
+    save_checkpoint(tmp_path / "wrong.pt", checkpoint_of(model, "resnet18"))
+    with pytest.raises(UserError, match="do not fit a resnet18"):
+        load_model(tmp_path / "wrong.pt")
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / "created"), "w")
+
+    torch.save({"format": "lcnn", "model": Payload()}, tmp_path / "hostile.pt")
+    with pytest.raises(UserError, match="not plain tensors"):
+        load_model(tmp_path / "hostile.pt")
+    assert not (tmp_path / "created").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_estimate_refuses_files_in_one_line(path, tmp_path):
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:1000])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    for name, code, words in (
+        ("absent.pt", 1, ["absent.pt", "no such"]),
+        ("cut.pt", 1, ["cut.pt", "damaged"]),
+        ("foreign.pt", 1, ["foreign.pt", "neither"]),
+    ):
+        result = run_script("estimate_curvature.py", "--model-filename", tmp_path / name, check=None)
+        assert_one_line_error(result, code, *words)
+    for flags, words in (
+        (["--model-arch", "resnet18"], ["vgg11", "resnet18", "--model-arch"]),
+        (["--dataset", "svhn"], ["digits", "svhn", "--dataset"]),
+    ):
+        result = run_script("estimate_curvature.py", "--model-filename", path, *flags, check=None)
+        assert_one_line_error(result, 2, *words)

@@ -1,0 +1,258 @@
+"""Both scripts as a user runs them, in processes of their own, on real photographs."""
+
+import csv
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, assert_one_line_error, run_script
+
+import estimate_curvature
+import train_models
+from regularized_loss import regularizers
+from utils.checkpoint import load_model
+
+
+def tiny_run(photographs, output, *flags) -> list[str]:
+    """Flags of a run that takes a second or two: 24 photographs of 16 x 16, 3 steps an epoch."""
+    data = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16]
+    return [str(flag) for flag in (*data, "--batch-size", 10, "--output-dir", output, "--lr", 0.01, *flags)]
+
+
+def read_metrics(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+FAMILIES = ["resnet18", "vgg11", "resnet18lcnn", "vgg11lcnn", "vgg11lowbeta"]
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path):
+    trained = []
+    for regularizer in regularizers:
+        flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
+        result = run_script("train_models.py", *tiny_run(photographs, tmp_path, *flags), check=None)
+        if "curvature" in regularizer and "lcnn" not in arch:
+            assert_one_line_error(result, 2, "--regularizer", "resnet18lcnn, resnet34lcnn or vgg11lcnn")
+            continue
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        name = f"{arch}_imagefolder" if regularizer == "none" else f"{arch}_{regularizer}_imagefolder"
+        (row,) = read_metrics(tmp_path / f"{name}_metrics.csv")
+        expected = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds"}
+        expected |= {"images_per_second"} | ({"gradnorm"} if "gnorm" in regularizer else set())
+        expected |= {"beta_term", "gamma_term"} if "curvature" in regularizer else set()
+        assert row.keys() == expected
+        assert re.search(r"test_accuracy \d+\.\d\d ", result.stdout)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert not list(tmp_path.glob("*unfinished*"))
+        trained.append(tmp_path / f"{name}.pt")
+    result = run_script(
+        *("estimate_curvature.py", "--model-filename", *trained, "--data-fraction", 0.25, "--num-power-iter", 2),
+        *("--output", tmp_path / "all.csv", "--plot", tmp_path / "all.png"),
+    )
+    assert result.stdout.count("train, 6 examples") == result.stdout.count("test, 3 examples") == len(trained)
+    assert len(read_metrics(tmp_path / "all.csv")) == 9 * len(trained)
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def states_equal(a, b) -> bool:
+    """Two checkpoints bit for bit, but for the times and places they ran at."""
+    if isinstance(a, dict):
+        keys = [key for key in a if key not in ("seconds", "images_per_second", "data_dir")]
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in keys)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("interruption", [signal.SIGKILL, signal.SIGINT])
+def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(interruption, photographs, tmp_path):
+    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--num-epochs", 8]
+    flags += ["--calibrate-batchnorm"]
+    name = "vgg11lcnn_curvature_and_gnorm_imagefolder"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_script("train_models.py", *tiny_run(photographs, whole, *flags))
+
+    command = [sys.executable, str(ROOT / "train_models.py"), *tiny_run(photographs, broken, *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in process.stdout:  # in the middle of an epoch, after some were saved
+        if line.startswith("epoch 3/8"):
+            time.sleep(0.2)
+            process.send_signal(interruption)
+            break
+    output, errors = process.communicate()
+    if interruption == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.strip() == "train_models.py: interrupted"
+        assert "--resume" in output
+    assert not (broken / f"{name}.pt").exists()
+    assert 3 <= torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] < 8
+
+    # an unfinished run is not overwritten, nor continued with other flags
+    refused = run_script("train_models.py", *tiny_run(photographs, broken, *flags), check=None)
+    assert_one_line_error(refused, 2, "--resume", "--overwrite")
+    other = [*tiny_run(photographs, broken, *flags), "--resume", "--momentum", "0.5"]
+    assert_one_line_error(run_script("train_models.py", *other, check=None), 2, "--momentum 0.9, not 0.5")
+
+    resumed = run_script("train_models.py", *tiny_run(photographs, broken, *flags), "--resume")
+    assert "resuming" in resumed.stdout
+    assert "epoch 3/8" not in resumed.stdout
+    checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (whole, broken)]
+    assert states_equal(*checkpoints)
+    assert not (broken / f"{name}.unfinished.pt").exists()
+
+    def timeless(folder):
+        rows = read_metrics(folder / f"{name}_metrics.csv")
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+    assert timeless(whole) == timeless(broken)
+    assert [row["epoch"] for row in timeless(broken)] == [str(epoch) for epoch in range(1, 9)]
+    # resuming a finished run says so and changes nothing
+    before = (broken / f"{name}.pt").read_bytes()
+    again = run_script("train_models.py", *tiny_run(photographs, broken, *flags), "--resume")
+    assert "is finished" in again.stdout
+    assert (broken / f"{name}.pt").read_bytes() == before
+    run_script("train_models.py", *tiny_run(photographs, broken, *flags), "--overwrite")
+    assert states_equal(checkpoints[0], torch.load(broken / f"{name}.pt", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
+        (["--regularizer", "l0"], 2, ["--regularizer", "curvature_and_gnorm"]),
+        (["--num-epochs", "0"], 2, ["--num-epochs", "at least 1"]),
+        (["--batch-size", "-3"], 2, ["--batch-size", "at least 1"]),
+        (["--batch-size", "many"], 2, ["--batch-size", "many"]),
+        (["--lr", "0"], 2, ["--lr", "more than 0"]),
+        (["--lr", "nan"], 2, ["--lr"]),
+        (["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
+        (["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
+        (["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
+        (["--resume", "--overwrite"], 2, ["--overwrite"]),
+        (["--num-epoch", "3"], 2, ["--num-epoch"]),
+        (["--dataset", "cifar10"], 1, ["cifar-10-batches-py", "--download"]),
+        (["--dataset", "svhn"], 1, ["train_32x32.mat", "--download"]),
+        (["--dataset", "imagefolder"], 1, ["train", "--data-dir"]),
+    ],
+)
+def test_train_errors(flags, code, words, tmp_path, capsys):
+    places = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
+    returned = train_models.main([*places, *flags])
+    captured = capsys.readouterr()
+    result = subprocess.CompletedProcess(flags, returned, captured.out, captured.err)
+    assert_one_line_error(result, code, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ([], 2, ["--model-filename"]),
+        (["--model-filename", "x.pt", "--data-fraction", "0"], 2, ["--data-fraction", "more than 0"]),
+        (["--model-filename", "x.pt", "--data-fraction", "1.5"], 2, ["--data-fraction", "at most 1"]),
+        (["--model-filename", "x.pt", "--batch-size", "0"], 2, ["--batch-size"]),
+        (["--model-filename", "x.pt", "--num-power-iter", "0"], 2, ["--num-power-iter"]),
+        (["--model-filename", "x.pt"], 1, ["x.pt", "no such"]),
+    ],
+)
+def test_estimate_errors(flags, code, words, capsys):
+    returned = estimate_curvature.main(flags)
+    captured = capsys.readouterr()
+    assert_one_line_error(subprocess.CompletedProcess(flags, returned, captured.out, captured.err), code, *words)
+
+
+def test_errors_and_help_in_a_process_of_their_own():
+    assert_one_line_error(run_script("train_models.py", "--num-epochs", 0, check=None), 2, "--num-epochs", "--help")
+    for script in ("train_models.py", "estimate_curvature.py"):
+        text = run_script(script, "--help").stdout
+        assert "--prng-seed" in text
+        assert "(default: 1729)" in text
+
+
+REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gnorm", "--dataset=cifar100"]
+
+
+def test_the_references_own_commands_without_cifar100(tmp_path):
+    places = ["--data-dir", tmp_path, "--output-dir", tmp_path]
+    result = run_script("train_models.py", *REFERENCE_TRAIN, *places, check=None)
+    assert_one_line_error(result, 1, "cifar-100-python", "missing", "--download")
+
+
+def test_reference_flag_spellings():
+    parser = train_models.build_parser()
+    flags = parser.parse_args(["--prng_seed", "3", "--no-strong_determinism_wanted"])
+    assert flags.prng_seed == 3
+    assert not flags.strong_determinism_wanted
+    assert parser.parse_args(["--seed", "4", "--strong_determinism_wanted"]).prng_seed == 4
+    defaults = vars(parser.parse_args([]))
+    expected = {
+        "model_arch": "resnet18",
+        "regularizer": "none",
+        "dataset": "cifar100",
+        "num_epochs": 200,
+        "batch_size": 128,
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "momentum": 0.9,
+        "reg_gnorm": 1e-3,
+        "reg_beta": 1e-2,
+        "reg_gamma": 1e-2,
+        "prng_seed": 1729,
+        "strong_determinism_wanted": True,
+    }
+    assert {name: defaults[name] for name in expected} == expected
+    estimate = vars(estimate_curvature.build_parser().parse_args(["--model-filename", "x", "--prng_seed", "1"]))
+    assert (estimate["data_fraction"], estimate["batch_size"], estimate["num_power_iter"]) == (0.1, 64, 10)
+
+
+def test_the_readmes_own_loss(photographs, tmp_path):
+    """README, "Writing your own loss": its class and its line, put into a copy of the project as it says."""
+    section = (ROOT / "README.md").read_text().split("## Writing your own loss")[1].split("\n## ")[0]
+    loss_class, registry_line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    for part in ("models", "data", "utils"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    for part in ("train_models.py", "estimate_curvature.py"):
+        shutil.copy(ROOT / part, tmp_path)
+    source = (ROOT / "regularized_loss.py").read_text()
+    registry = source.index("# --regularizer NAME")
+    source = source[:registry] + loss_class + "\n\n" + source[registry:].rstrip().removesuffix("}")
+    (tmp_path / "regularized_loss.py").write_text(source + registry_line + "}\n")
+
+    name = re.search(r'"(\w+)"', registry_line)[1]
+    assert name in run_script("train_models.py", "--help", cwd=tmp_path).stdout
+    flags = ["--model-arch", "vgg11", "--regularizer", name, "--num-epochs", 1]
+    run_script("train_models.py", *tiny_run(photographs, tmp_path / "out", *flags), cwd=tmp_path)
+    (row,) = read_metrics(tmp_path / "out" / f"vgg11_{name}_imagefolder_metrics.csv")
+    assert set(row) > set(re.findall(r'"(\w+)":', loss_class))
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the CIFAR-10 images are not here")
+def test_train_resume_estimate_on_cifar10_images(tmp_path):
+    unpack = [
+        sys.executable,
+        SHARED / "data" / "unpack_cifar10.py",
+        tmp_path / "images",
+        "--train",
+        "20",
+        "--test",
+        "8",
+    ]
+    subprocess.run(unpack, check=True, capture_output=True)
+    flags = ["--dataset", "imagefolder", "--data-dir", tmp_path / "images", "--image-size", 16, "--lr", 0.01]
+    flags += ["--model-arch", "vgg11lcnn", "--regularizer", "curvature", "--batch-size", 40, "--num-epochs", 2]
+    flags += ["--output-dir", tmp_path]
+    run_script("train_models.py", *flags)
+    assert "finished" in run_script("train_models.py", *flags, "--resume").stdout
+    path = tmp_path / "vgg11lcnn_curvature_imagefolder.pt"
+    result = run_script("estimate_curvature.py", "--model-filename", path, "--num-power-iter", 3)
+    assert "train, 20 examples" in result.stdout
+    assert "test, 8 examples" in result.stdout
+    assert load_model(path)(torch.rand(1, 3, 16, 16)).shape == (1, 10)

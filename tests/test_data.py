@@ -1,0 +1,194 @@
+"""Batches, augmentation and the data sets."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.batches import Split, batches, random_crop_and_flip, to_pixels, training_batches
+from data.datasets import load_dataset
+from utils.errors import UserError
+
+
+def split_of(n: int, size: int = 8) -> Split:
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Split(images, torch.arange(n))
+
+
+def test_every_example_once_per_epoch_in_an_order_only_seed_and_epoch_decide():
+    split = split_of(10)
+
+    def labels(seed, epoch):
+        return [batch.tolist() for _, batch in training_batches(split, 4, seed, epoch)]
+
+    assert [len(batch) for batch in labels(0, 1)] == [4, 4, 2]
+    assert sorted(label for batch in labels(0, 1) for label in batch) == list(range(10))
+    assert labels(0, 1) == labels(0, 1)
+    assert len({str(labels(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
+
+
+def test_unaugmented_batches_are_the_images_over_255():
+    split = split_of(10)
+    for images, labels in training_batches(split, 4, seed=0, epoch=1, augment=False):
+        assert images.dtype == torch.float32
+        torch.testing.assert_close(images, split.images[labels].double().div(255).float())
+    ordered = list(batches(split, 4))
+    assert torch.equal(torch.cat([labels for _, labels in ordered]), split.labels)
+    assert torch.equal(torch.cat([images for images, _ in ordered]), to_pixels(split.images))
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_augmentation_makes_exactly_the_crops_and_flips(flip):
+    """Every result is one of torchvision-style pad, crop, mirror, and every one of those occurs."""
+    image = split_of(1, size=6).images
+    padded = torch.nn.functional.pad(image, [2] * 4)
+    possible = {
+        crop.numpy().tobytes()
+        for dy in range(5)
+        for dx in range(5)
+        for window in [padded[0, :, dy : dy + 6, dx : dx + 6]]
+        for crop in ([window, window.flip(2)] if flip else [window])
+    }
+    generator = torch.Generator().manual_seed(0)
+    results = random_crop_and_flip(image.expand(3000, -1, -1, -1), 2, flip, generator)
+    assert results.shape == (3000, 3, 6, 6)
+    assert {result.numpy().tobytes() for result in results.contiguous()} == possible
+
+
+def test_the_crop_is_by_an_eighth_of_the_size():
+    """4 at 32 x 32: in a white image, no more than 4 rows or columns of zeros come in, and 4 do."""
+    white = Split(torch.full((200, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
+    (images, _), *_ = training_batches(white, 200, seed=0, epoch=1)
+    zero_rows = (images[:, 0].amax(dim=2) == 0).sum(dim=1)
+    assert zero_rows.max() == 4
+
+
+def test_digits():
+    data = load_dataset("digits", "nowhere")
+    assert data.train.images.shape == (1437, 3, 16, 16)
+    assert data.test.images.shape == (360, 3, 16, 16)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.images.max() == 255
+    assert data.test.labels.bincount().min() >= 34  # stratified
+    assert not data.flip
+    together = torch.cat([data.train.images, data.test.images]).flatten(1)
+    assert len(together.unique(dim=0)) > 1790  # the two splits do not share images
+    assert load_dataset("digits", "nowhere", 32).test.images.shape == (360, 3, 32, 32)
+
+
+def test_imagefolder(photographs):
+    data = load_dataset("imagefolder", photographs, 16)
+    assert data.class_names == ["china", "flower"]
+    assert data.train.images.shape == (24, 3, 16, 16)
+    assert data.test.labels.tolist() == [0] * 6 + [1] * 6
+    full = load_dataset("imagefolder", photographs, 32).test
+    assert full.images.shape == (12, 3, 32, 32)
+    native = Image.open(photographs / "test" / "china" / "0.png")
+    means = torch.from_numpy(np.array(native)).double().mean(dim=(0, 1))
+    torch.testing.assert_close(data.test.images[0].double().mean(dim=(1, 2)), means, rtol=0, atol=3)
+
+
+def test_imagefolder_takes_any_mode_and_shape(tmp_path):
+    images = {
+        "grey.png": Image.new("L", (30, 20), 77),
+        "palette.png": Image.new("RGB", (16, 16), (77, 77, 77)).convert("P", palette=Image.Palette.ADAPTIVE),
+        "alpha.png": Image.new("RGBA", (5, 9), (77, 77, 77, 10)),
+        "print.jpg": Image.new("CMYK", (40, 40), (0, 0, 0, 178)),
+    }
+    for split in ("train", "test"):
+        folder = tmp_path / split / "only"
+        folder.mkdir(parents=True)
+        for name, image in images.items():
+            image.save(folder / name)
+        (folder / "notes.txt").write_text("not an image")
+    split = load_dataset("imagefolder", tmp_path, 16).train
+    assert len(split) == 4
+    assert (split.images.int() - 77).abs().max() <= 2
+
+
+def test_imagefolder_errors_name_the_file(photographs, tmp_path):
+    with pytest.raises(UserError, match=r"train.*train/<class>"):
+        load_dataset("imagefolder", tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="a"):  # an empty class
+        load_dataset("imagefolder", tmp_path)
+    patch = (photographs / "train" / "china" / "0.png").read_bytes()
+    for split in ("train", "test"):
+        (tmp_path / split / "a" / "0.png").write_bytes(patch)
+    (tmp_path / "test" / "b").mkdir()
+    (tmp_path / "test" / "b" / "0.png").write_bytes(patch)
+    with pytest.raises(UserError, match=r"same classes.*'b'"):
+        load_dataset("imagefolder", tmp_path)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(patch[:100])
+    with pytest.raises(UserError, match=r"0\.png cannot be read"):
+        load_dataset("imagefolder", tmp_path)
+
+
+def write_cifar(root, monkeypatch, class_name: str) -> dict[str, torch.Tensor]:
+    """torchvision's own file layout with a few random images, and its checksums told about them."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, class_name)
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    label_key = "fine_labels" if class_name == "CIFAR100" else "labels"
+    names = [f"class{i}" for i in range(100 if class_name == "CIFAR100" else 10)]
+    rng = np.random.default_rng(0)
+
+    def write(name: str, content: dict) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for attribute in ("train_list", "test_list"):
+        listing = [
+            [
+                name,
+                write(name, {"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), label_key: [0, 1, 2]}),
+            ]
+            for name, _ in getattr(dataset, attribute)
+        ]
+        monkeypatch.setattr(dataset, attribute, listing)
+    meta = {**dataset.meta}
+    meta["md5"] = write(meta["filename"], {meta["key"]: names})
+    monkeypatch.setattr(dataset, "meta", meta)
+
+
+@pytest.mark.parametrize(("name", "class_name", "count"), [("cifar10", "CIFAR10", 15), ("cifar100", "CIFAR100", 3)])
+def test_cifar_through_torchvision(name, class_name, count, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=rf"{name}: .* is missing; pass --download, or unpack http"):
+        load_dataset(name, tmp_path)
+    write_cifar(tmp_path, monkeypatch, class_name)
+    data = load_dataset(name, tmp_path)
+    assert data.train.images.shape == (count, 3, 32, 32)
+    assert data.test.labels.tolist() == [0, 1, 2]
+    assert len(data.class_names) == (100 if name == "cifar100" else 10)
+    test_file = next(tmp_path.glob("*/test*"))
+    raw = pickle.loads(test_file.read_bytes())["data"].reshape(3, 3, 32, 32)
+    assert torch.equal(data.test.images, torch.from_numpy(raw))
+    assert load_dataset(name, tmp_path, 16).train.images.shape == (count, 3, 16, 16)
+    test_file.write_bytes(test_file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        load_dataset(name, tmp_path)
+
+
+def test_svhn_through_torchvision(tmp_path, monkeypatch):
+    import torchvision
+    from scipy.io import savemat
+
+    with pytest.raises(UserError, match=r"train_32x32\.mat is missing"):
+        load_dataset("svhn", tmp_path)
+    rng = np.random.default_rng(0)
+    images = {}
+    for split in ("train", "test"):
+        url, name, _ = torchvision.datasets.SVHN.split_list[split]
+        images[split] = rng.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+        savemat(tmp_path / name, {"X": images[split], "y": np.array([[10], [1], [2], [9]])})
+        md5 = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(torchvision.datasets.SVHN.split_list, split, [url, name, md5])
+    data = load_dataset("svhn", tmp_path)
+    assert data.test.labels.tolist() == [0, 1, 2, 9]  # SVHN writes 0 as 10
+    assert torch.equal(data.train.images, torch.from_numpy(images["train"].transpose(3, 2, 0, 1).copy()))

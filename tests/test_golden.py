@@ -1,0 +1,169 @@
+"""The reference code's own numbers, reached by reading its checkpoints. Weights and inputs are rebuilt from seeds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHARED, assert_one_line_error, run_script
+
+from regularized_loss import (
+    CELoss,
+    CurvatureAndGradientRegularizedLoss,
+    CurvatureRegularizedLoss,
+    GradNormRegularizedLoss,
+)
+from utils.checkpoint import load_model
+from utils.curvature import estimate_curvature
+from utils.errors import UsageError, UserError
+from utils.reference_checkpoint import our_key
+
+GOLDEN = SHARED / "golden"
+NAMES = ["resnet18", "resnet18lcnn", "vgg11lcnn"]
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden numbers are not here")
+
+
+def rebuild_state_dict(golden, meta: dict) -> dict[str, torch.Tensor]:
+    """The reference's state_dict, as the golden README says."""
+    state = {}
+    for key, shape, kind, *arguments in meta["rules"]:
+        if kind == "normal":
+            state[key] = torch.from_numpy(np.random.RandomState(arguments[0]).standard_normal(shape) * arguments[1])
+        elif kind == "uniform":
+            state[key] = torch.tensor(np.random.RandomState(arguments[0]).uniform(*arguments[1:]))
+        elif kind == "stored":
+            state[key] = torch.from_numpy(golden[f"state/{key}"])
+        else:
+            state[key] = torch.zeros(shape, dtype=torch.int64 if kind == "zero" else torch.float64)
+    for k, (module, power) in enumerate(meta["power"].items()):
+        weight = state[module.removesuffix(".0") + ".original"]
+        geometry = {"stride": power["stride"], "padding": power["padding"]}
+        u = torch.from_numpy(np.random.RandomState(9000 + k).standard_normal(power["u"]))
+        u /= u.norm()
+        for _ in range(60):
+            v = F.conv_transpose2d(u, weight, **geometry)
+            v /= v.norm()
+            u = F.conv2d(v, weight, **geometry)
+            u /= u.norm()
+        state[f"{module}._u"], state[f"{module}._v"] = u, v
+    if "7.parametrizations.weight.original" in state:
+        left, _, right = torch.linalg.svd(state["7.parametrizations.weight.original"], full_matrices=False)
+        state["7.parametrizations.weight.0._u"], state["7.parametrizations.weight.0._v"] = left[:, 0], right[0]
+    return state
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def reference(request, tmp_path_factory):
+    """(name, golden arrays, meta, x, y, {dtype: path of the checkpoint})"""
+    golden = np.load(GOLDEN / f"{request.param}.npz")
+    meta = json.loads(str(golden["meta"]))
+    state = rebuild_state_dict(golden, meta)
+    paths = {}
+    for dtype in (torch.float64, torch.float32):
+        paths[dtype] = tmp_path_factory.mktemp(request.param) / f"{dtype}.pt"
+        torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, paths[dtype])
+    x = torch.from_numpy(np.random.RandomState(5000).random_sample((meta["n"], 3, 32, 32)))
+    y = torch.from_numpy(np.random.RandomState(5001).randint(0, meta["num_classes"], meta["n"]))
+    return request.param, golden, meta, x, y, paths
+
+
+def golden_losses(model, n: int) -> dict:
+    """The losses as recorded; the reference's gradnorm is (128/N)^2 times ours."""
+    scale = (128 / n) ** 2
+    losses = {"none": CELoss(model), "gnorm": GradNormRegularizedLoss(model, 1e-3 * scale)}
+    if any("log_beta" in name for name, _ in model.named_parameters()):
+        losses["curvature"] = CurvatureRegularizedLoss(model, (1e-2, 1e-2))
+        losses["curvature_and_gnorm"] = CurvatureAndGradientRegularizedLoss(model, (1e-2, 1e-2, 1e-2 * scale))
+    return losses
+
+
+def recorded_gradient_norms(name: str, golden, loss_name: str, model) -> dict[str, tuple[float, float]]:
+    """reference parameter -> (recorded norm, ours), for every parameter that plays a part in both."""
+    ours = {key: parameter.grad.double() for key, parameter in model.named_parameters()}
+    pairs = {}
+    for recorded in golden.files:
+        if not recorded.startswith(f"{loss_name}/param_grad_norm/"):
+            continue
+        key = recorded.split("/")[-1]
+        if name.startswith("vgg") and "log_beta" in key:  # one beta there, one per activation here
+            norm = sum(gradient for other, gradient in ours.items() if "log_beta" in other).norm()
+        else:
+            norm = ours[our_key(key, name)].norm()
+        pairs[key] = float(golden[recorded]), norm.item()
+    assert len(pairs) >= 20
+    return pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_losses_and_gradients(reference, dtype):
+    name, golden, meta, x, y, paths = reference
+    x, n, rtol = x.to(dtype), meta["n"], 1e-8 if dtype == torch.float64 else 1e-4
+    model = load_model(paths[dtype])
+    assert not model.training
+    assert next(model.parameters()).dtype == dtype
+    # an entry's absolute error counts against the largest one: float32 rounding does not shrink with a small logit
+    expected = torch.from_numpy(golden["logits"])
+    torch.testing.assert_close(model(x).double(), expected, rtol=0, atol=rtol * expected.abs().max().item())
+
+    # in float32 the second derivatives behind Softplus(beta=1000) are good to some 3e-3, for the reference too
+    gnorm_rtol = 3e-3 if (name, dtype) == ("resnet18", torch.float32) else rtol
+    for loss_name, loss in golden_losses(model, n).items():
+        model.zero_grad()
+        total = loss.compute_loss(x, y)
+        total.backward()
+        loss_rtol = gnorm_rtol if "gnorm" in loss_name else rtol
+        assert total.item() == pytest.approx(golden[f"{loss_name}/total"].item(), rel=loss_rtol), loss_name
+        for term, value in loss.metadata.items():
+            value *= (128 / n) ** 2 if term == "gradnorm" else 1
+            assert value == pytest.approx(golden[f"{loss_name}/{term}"].item(), rel=loss_rtol), (loss_name, term)
+        for key, (recorded, ours) in recorded_gradient_norms(name, golden, loss_name, model).items():
+            # u and v of strided convolutions are recomputed on the true domain, so their weights' gradients differ
+            strided = name == "resnet18lcnn" and any(f"{stage}.0.1.f" in key for stage in (2, 3, 4)) and "weight" in key
+            assert ours == pytest.approx(recorded, rel=1e-3 if strided else loss_rtol), (loss_name, key)
+
+
+def test_curvature(reference):
+    """As close as the residual says; never above the truth; closer than the reference after as many products."""
+    _, golden, _, x, y, paths = reference
+    generator = torch.Generator().manual_seed(0)
+    estimate = estimate_curvature(load_model(paths[torch.float64]), x, y, num_iterations=11, generator=generator)
+    np.testing.assert_allclose(estimate.gradient_norm, golden["gradient_norm"], rtol=1e-8)
+    truth = np.abs(golden["hessian_top_eigenvalue"])
+    shortfall = 1 - estimate.hessian_norm.numpy() / truth
+    assert (shortfall > -1e-6).all()
+    assert (shortfall < estimate.residual.numpy()).all(), (shortfall, estimate.residual)
+    reference_shortfall = 1 - golden["reference_power10_hessian_norm"] / truth
+    assert shortfall.mean() < reference_shortfall.mean()
+    np.testing.assert_allclose(
+        estimate.curvature, golden["curvature"] * (1 - shortfall), rtol=1e-8
+    )  # C = h / (g + 1e-6)
+
+
+def test_the_architecture_is_recognized_and_checked(reference):
+    name, _, _, x, _, paths = reference
+    path = paths[torch.float32]
+    x = x.float()
+    assert torch.equal(load_model(path, name)(x), load_model(path)(x))  # and reading is repeatable
+    with pytest.raises(UsageError, match=name):
+        load_model(path, "resnet34")
+
+
+def test_command_line_on_a_reference_checkpoint(reference, photographs):
+    name, _, _, _, _, paths = reference
+    arguments = ["--model-arch", name, "--model-filename", paths[torch.float32], "--num-power-iter", 1]
+    result = run_script("estimate_curvature.py", *arguments, "--dataset", "digits", "--data-fraction", 0.003)
+    assert "test, 1 examples" in result.stdout
+    # the photographs have 2 classes, the checkpoint 10
+    wrong = ["--dataset", "imagefolder", "--data-dir", photographs]
+    result = run_script("estimate_curvature.py", *arguments, *wrong, check=None)
+    assert_one_line_error(result, 2, "10 classes", "2", "--dataset")
+
+
+def test_an_incomplete_reference_checkpoint_is_refused(reference, tmp_path):
+    name, _, _, _, _, paths = reference
+    state = torch.load(paths[torch.float32])
+    state.pop(next(key for key in state if "running_mean" in key))
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(UserError, match="running_mean"):
+        load_model(tmp_path / "part.pt", name)

@@ -1,0 +1,179 @@
+"""The layers against closed forms and dense operators."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+
+
+def dense_matrix(function, shape: tuple[int, ...]) -> torch.Tensor:
+    """The matrix of a linear function on tensors of the given shape (without batch): the identity pushed through."""
+    size = math.prod(shape)
+    return function(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).reshape(size, -1).T
+
+
+def spectral_conv(*arguments, **keywords) -> SpectralNormConv2d:
+    torch.manual_seed(0)
+    return SpectralNormConv2d(*arguments, **keywords).double()
+
+
+# (kernel, stride, padding) of every convolution in the nets, with even and odd sizes, and some outside them
+GEOMETRIES = [
+    (3, 1, 1, 8),
+    (3, 2, 1, 8),
+    (3, 2, 1, 7),
+    (1, 2, 0, 8),
+    (1, 2, 0, 7),
+    (1, 1, 0, 6),
+    (5, 3, 2, 10),
+    ((3, 1), (2, 1), (1, 0), (9, 6)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), GEOMETRIES)
+def test_spectral_norm_is_that_of_the_dense_operator(kernel, stride, padding, size):
+    conv = spectral_conv(3, 4, kernel, stride=stride, padding=padding, bias=False, input_size=size)
+    # 600 steps: the gap to the second singular value is small for some, and the error falls by its square
+    conv.power_iteration(600)
+    matrix = dense_matrix(conv._operator, (3, *conv.input_size))
+    true_norm = torch.linalg.matrix_norm(matrix, ord=2)
+    torch.testing.assert_close(conv.eval().spectral_norm(), true_norm, rtol=1e-4, atol=0)
+    normalized = dense_matrix(conv, (3, *conv.input_size))
+    assert torch.linalg.matrix_norm(normalized, ord=2).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_adjoint_is_the_transpose():
+    for kernel, stride, padding, size in GEOMETRIES:
+        conv = spectral_conv(3, 4, kernel, stride=stride, padding=padding, input_size=size)
+        forward = dense_matrix(conv._operator, (3, *conv.input_size))
+        backward = dense_matrix(conv._adjoint, tuple(conv.u.shape[1:]))
+        torch.testing.assert_close(backward, forward.T)
+
+
+def test_spectral_norm_iterates_in_training_only():
+    conv = spectral_conv(3, 4, 3, padding=1, input_size=8)
+    before = {name: buffer.clone() for name, buffer in conv.named_buffers()}
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    first = conv.eval()(x)
+    assert all(torch.equal(before[name], buffer) for name, buffer in conv.named_buffers())
+    assert torch.equal(first, conv(x))
+    conv.train()(x)
+    assert not torch.equal(before["u"], conv.u)
+    expected = spectral_conv(3, 4, 3, padding=1, input_size=8)
+    expected.power_iteration(1)  # one iteration per forward, the same as the initial ones
+    torch.testing.assert_close(conv.u, expected.u)
+    torch.testing.assert_close(conv.v, expected.v)
+
+
+def test_spectral_norm_gradient_holds_u_and_v_constant():
+    conv = spectral_conv(2, 2, 3, stride=2, padding=1, bias=False, input_size=4).eval()
+    x = torch.rand(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight):
+        return torch.func.functional_call(conv, {"weight": weight}, (x,))
+
+    weight = conv.weight.detach().clone().requires_grad_()
+    assert gradcheck(function, (x, weight))
+    assert gradgradcheck(function, (x, weight))
+    # in training, sigma's gradient is u conv'(v): what autograd gives for <u, conv(v)>, u and v constants
+    conv.train()
+    (gradient,) = torch.autograd.grad(conv.spectral_norm(), conv.weight)
+    (expected,) = torch.autograd.grad((conv.u * conv._operator(conv.v)).sum(), conv.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_two_training_forwards_before_one_backward():
+    conv = spectral_conv(2, 3, 3, padding=1, input_size=6)
+    x = torch.rand(2, 2, 6, 6, dtype=torch.float64)
+    (conv(x).sum() + conv(x).sum() + conv.eval()(x).sum() + conv.train()(x).sum()).backward()
+    assert conv.weight.grad.isfinite().all()
+
+
+def test_spectral_norm_conv_refuses_what_it_cannot_normalize():
+    with pytest.raises(ValueError, match="reflect"):
+        SpectralNormConv2d(3, 4, 3, padding=1, padding_mode="reflect", input_size=8)
+    with pytest.raises(ValueError, match="same"):
+        SpectralNormConv2d(3, 4, 3, padding="same", input_size=8)
+    with pytest.raises(ValueError, match="does not fit"):
+        SpectralNormConv2d(3, 4, 5, input_size=4)
+
+
+def test_centered_softplus_has_its_closed_form_derivatives():
+    x = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)  # |b x| stays below 20
+    for init_beta in (0.3, 1.0, 5.0):
+        act = CenteredSoftplus(init_beta).double()
+        b = act.log_beta.exp().detach() + 1e-3
+        y = act(x)
+        torch.testing.assert_close(y, (torch.log1p((b * x).exp()) - math.log(2)) / b)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        torch.testing.assert_close(first, torch.sigmoid(b * x))
+        torch.testing.assert_close(second, b * torch.sigmoid(b * x) * (1 - torch.sigmoid(b * x)))
+        assert act(torch.zeros(1, dtype=torch.float64)).item() == 0
+        assert (second / first).max() <= b
+
+
+def test_centered_softplus_limits():
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    torch.testing.assert_close(CenteredSoftplus(1e5).double()(x), x.relu(), rtol=0, atol=1e-5)
+    soft = CenteredSoftplus(1e-9).double()(x)  # b = 1e-3 then: x/2 + b x^2/8 + ...
+    torch.testing.assert_close(soft, x / 2, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="positive"):
+        CenteredSoftplus(0)
+
+
+def test_activation_and_norm_are_twice_differentiable_in_input_and_parameter():
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    norm = LipschitzBatchNorm2d(2, init_gamma=0.7).double().eval()
+    for layer, name in ((CenteredSoftplus(2.0).double(), "log_beta"), (norm, "log_gamma")):
+        parameter = getattr(layer, name).detach().clone().requires_grad_()
+
+        def function(x, parameter, layer=layer, name=name):
+            return torch.func.functional_call(layer, {name: parameter}, (x,))
+
+        assert gradcheck(function, (x, parameter))
+        assert gradgradcheck(function, (x, parameter))
+
+    norm.train()
+
+    def train_mode(x):  # gradcheck calls it many times; each must see the same clip
+        buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        return torch.func.functional_call(norm, buffers, (x,))
+
+    assert gradcheck(train_mode, (x,))
+    assert gradgradcheck(train_mode, (x,))
+
+
+@pytest.mark.parametrize(("gamma", "active"), [(2.0, True), (100.0, False)])
+def test_batchnorm_clip_against_the_layers_true_norm(gamma, active):
+    norm = LipschitzBatchNorm2d(3).double()
+    norm.log_gamma.data.fill_(math.log(gamma))
+    norm.running_var.copy_(torch.tensor([0.01, 4.0, 0.25], dtype=torch.float64))
+    norm.running_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    norm.eval()
+    offset = norm(torch.zeros(1, 3, 2, 2, dtype=torch.float64))
+    true_norm = torch.linalg.matrix_norm(dense_matrix(lambda z: norm(z) - offset, (3, 2, 2)), ord=2).item()
+    own = 1 / math.sqrt(0.01 + norm.eps)  # about 10
+    assert true_norm == pytest.approx(min(own, gamma), rel=1e-12)
+    assert (true_norm < own) == active
+    # where the clip is not active, the layer is plain BatchNorm
+    plain = torch.nn.BatchNorm2d(3, affine=False).double().eval()
+    plain.load_state_dict({k: v for k, v in norm.state_dict().items() if k != "log_gamma"})
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), plain(x) * min(1, gamma / own))
+
+
+def test_batchnorm_in_training_clips_by_the_statistics_before_the_batch():
+    norm = LipschitzBatchNorm2d(2, init_gamma=0.5).double()
+    norm.running_var.copy_(torch.tensor([0.04, 1.0]))
+    x = torch.randn(8, 2, 3, 3, dtype=torch.float64) * 7
+    clip = 0.5 * math.sqrt(0.04 + norm.eps)
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True, eps=norm.eps) * clip
+    torch.testing.assert_close(norm(x), expected)
+    assert norm.running_var[0].item() == pytest.approx(0.9 * 0.04 + 0.1 * x[:, 0].var().item())
+    with pytest.raises(ValueError, match="positive"):
+        LipschitzBatchNorm2d(2, init_gamma=-1)

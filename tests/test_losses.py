@@ -1,0 +1,151 @@
+"""The losses against finite differences in float64, on a network with all three kinds of low-curvature layer."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from regularized_loss import (
+    CELoss,
+    CurvatureAndGradientRegularizedLoss,
+    CurvatureRegularizedLoss,
+    GradNormRegularizedLoss,
+    regularizers,
+)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        SpectralNormConv2d(2, 3, 3, padding=1, input_size=4),
+        LipschitzBatchNorm2d(3),
+        CenteredSoftplus(3.0),
+        SpectralNormConv2d(3, 3, 3, stride=2, padding=1, input_size=4),
+        LipschitzBatchNorm2d(3, init_gamma=0.5),
+        CenteredSoftplus(2.0),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    ).double()
+    for module in model:
+        if isinstance(module, LipschitzBatchNorm2d):
+            module.running_var.copy_(torch.rand(3) + 0.1)
+    return model.eval()
+
+
+def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.rand(n, 2, 4, 4, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 3, (n,), generator=generator)
+
+
+def gradient_norms_by_differences(model, x, y, step=1e-5) -> torch.Tensor:
+    """(N,) ||grad_x l_i||^2 by central differences; error about step^2 * third derivative, 1e-9 relative here."""
+    gradient = torch.zeros_like(x)
+    for k in range(x[0].numel()):
+        shift = torch.zeros_like(x).flatten(1)
+        shift[:, k] = step
+        shift = shift.view_as(x)
+        up, down = (F.cross_entropy(model(x + s * shift), y, reduction="none") for s in (1, -1))
+        gradient.view(len(x), -1)[:, k] = ((up - down) / (2 * step)).detach()
+    return gradient.flatten(1).square().sum(dim=1)
+
+
+LOSSES = {
+    "none": lambda model: CELoss(model),
+    "gnorm": lambda model: GradNormRegularizedLoss(model, 0.3),
+    "curvature": lambda model: CurvatureRegularizedLoss(model, (0.1, 0.2)),
+    "curvature_and_gnorm": lambda model: CurvatureAndGradientRegularizedLoss(model, (0.1, 0.2, 0.3)),
+}
+
+
+def expected_terms(model, x, y) -> dict[str, float]:
+    betas = [math.exp(m.log_beta) for m in model if isinstance(m, CenteredSoftplus)]
+    gammas = [abs(float(m.log_gamma)) for m in model if isinstance(m, LipschitzBatchNorm2d)]
+    return {
+        "raw_loss": F.cross_entropy(model(x), y).item(),
+        "beta_term": sum(betas),
+        "gamma_term": sum(gammas),
+        "gradnorm": 1e5 / 128**2 * gradient_norms_by_differences(model, x, y).mean().item(),
+    }
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_terms(model, name):
+    x, y = batch(5)
+    with torch.no_grad():
+        expected = expected_terms(model, x, y)
+    loss = LOSSES[name](model)
+    total = loss.compute_loss(x, y).item()
+    weights = {"raw_loss": 1.0}
+    if "curvature" in name:
+        weights |= {"beta_term": 0.1, "gamma_term": 0.2}
+    if "gnorm" in name:
+        weights["gradnorm"] = 0.3
+    assert loss.metadata.keys() == weights.keys()
+    assert all(type(value) is float for value in loss.metadata.values())
+    for term, value in loss.metadata.items():
+        assert value == pytest.approx(expected[term], rel=1e-7), term
+    assert total == pytest.approx(sum(weight * expected[term] for term, weight in weights.items()), rel=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parameter_gradients(model, name):
+    """Central differences of the loss along each parameter's own gradient direction: error ~ step^2, 1e-6 relative.
+
+    In eval, where the network is one fixed function; u and v are constants there.
+    """
+    x, y = batch(4)
+    loss = LOSSES[name](model)
+    loss.compute_loss(x, y).backward()
+    for parameter_name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is None or gradient.norm() == 0:
+            assert "log_gamma" in parameter_name, parameter_name  # an inactive clip has no gradient
+            continue
+        direction, step, values = gradient / gradient.norm(), 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step * direction
+            values.append(loss.compute_loss(x, y).item())
+            with torch.no_grad():
+                parameter -= sign * step * direction
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope == pytest.approx(gradient.norm().item(), rel=1e-5, abs=1e-9), parameter_name
+
+
+def test_gradient_norm_penalty_does_not_depend_on_the_batch_size(model):
+    """Repeating every example leaves each mean as it is; the reference's penalty would fall by 4."""
+    x, y = batch(3)
+    loss = GradNormRegularizedLoss(model, 1.0)
+    loss.compute_loss(x, y)
+    once = loss.metadata["gradnorm"]
+    loss.compute_loss(x.repeat(2, 1, 1, 1), y.repeat(2))
+    assert loss.metadata["gradnorm"] == pytest.approx(once, rel=1e-12)
+
+
+def test_gradient_norm_on_a_linear_model_is_known():
+    """logits = W x: grad_x l = W^T (p - e_y)."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 4).double()
+    x, y = torch.rand(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
+    error = linear(x).softmax(dim=1) - F.one_hot(y, 4)
+    expected = 1e5 / 128**2 * (error @ linear.weight).square().sum(dim=1).mean()
+    loss = GradNormRegularizedLoss(linear, 0.0)
+    loss.compute_loss(x, y)
+    assert loss.metadata["gradnorm"] == pytest.approx(expected.item(), rel=1e-12)
+    assert x.grad is None
+    assert not x.requires_grad  # the caller's tensor is left alone
+
+
+def test_curvature_losses_refuse_a_network_without_beta_and_gamma():
+    for loss in (CurvatureRegularizedLoss, CurvatureAndGradientRegularizedLoss):
+        with pytest.raises(ValueError, match="resnet18lcnn"):
+            loss(nn.Linear(2, 2))
+
+
+def test_the_registry_names_the_references_regularizers():
+    assert list(regularizers) == ["none", "gnorm", "curvature", "curvature_and_gnorm"]

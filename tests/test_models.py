@@ -1,0 +1,110 @@
+"""The architectures: shapes, the block's formula, and what a forward must not do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.layers import LCNN, STANDARD, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.model_selector import model_architecture
+from models.resnet import ResidualBlock
+
+
+@pytest.mark.parametrize("name", model_architecture)
+@pytest.mark.parametrize("size", [16, 32])
+def test_maps_images_to_logits(name, size):
+    model = model_architecture[name](7, input_size=size).eval()
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
+
+
+def test_the_default_input_size_is_32():
+    model = model_architecture["vgg11lcnn"](10)
+    assert model.classifier.in_features == 2048
+    assert model.features[0].conv.v.shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        model_architecture["vgg11"](10, input_size=40)
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "activations"),
+    [("resnet18", 20, 17), ("resnet34", 36, 33), ("vgg11", 10, 10)],
+)
+def test_layer_counts_and_types(name, convolutions, activations):
+    def count(model, layer_type):
+        return sum(type(module) is layer_type for module in model.modules())
+
+    standard, lcnn, lowbeta = (model_architecture[name + suffix](10, 16) for suffix in ("", "lcnn", "lowbeta"))
+    for model, conv, norm, activation in (
+        (standard, nn.Conv2d, nn.BatchNorm2d, nn.Softplus),
+        (lowbeta, nn.Conv2d, nn.BatchNorm2d, nn.Softplus),
+        (lcnn, SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus),
+    ):
+        assert (count(model, conv), count(model, norm), count(model, activation)) == (
+            convolutions,
+            convolutions,
+            activations,
+        )
+    assert {m.beta for m in standard.modules() if isinstance(m, nn.Softplus)} == {1000}
+    assert {m.beta for m in lowbeta.modules() if isinstance(m, nn.Softplus)} == {10}
+    assert all(m.weight is None for m in standard.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_spectral_norms_follow_the_true_input_sizes():
+    """A hook sees what each convolution is really given."""
+    for name in ("resnet18lcnn", "vgg11lcnn"):
+        model = model_architecture[name](10, input_size=48).eval()
+        seen = []
+
+        def check(conv, inputs, output, seen=seen):
+            assert conv.v.shape[1:] == inputs[0].shape[1:]
+            assert conv.u.shape[1:] == output.shape[1:]
+            seen.append(conv)
+
+        for module in model.modules():
+            if isinstance(module, SpectralNormConv2d):
+                module.register_forward_hook(check)
+        model(torch.rand(1, 3, 48, 48))
+        assert len(seen) == {"resnet18lcnn": 20, "vgg11lcnn": 10}[name]
+
+
+@pytest.mark.parametrize("layers", [STANDARD, LCNN])
+@pytest.mark.parametrize(("channels", "stride"), [(4, 1), (8, 2)])
+def test_block_is_sum_halves_of_branch_and_shortcut(layers, channels, stride):
+    block = ResidualBlock(layers, 4, channels, stride, input_size=8).double().eval()
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    halves = torch.cat([x, x], dim=1) / math.sqrt(2)  # the textbook reading: repeat, two halves, sum of halves over 2
+    first, second = halves[:, :4], halves[:, 4:]
+    branch = block.conv2(block.activation1(block.conv1(first)))
+    expected = block.activation2((branch + block.shortcut(second)) / 2)
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+    assert isinstance(block.shortcut, nn.Identity) == (stride == 1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18lcnn", "vgg11lcnn"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_reads_no_number_back_from_the_device(name, training):
+    """On the meta device there are no numbers: float(), .item() or a branch on a tensor raises."""
+    model = model_architecture[name](10, 16).train(training).to("meta")
+    assert model(torch.rand(2, 3, 16, 16, device="meta")).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["resnet18lcnn", "vgg11lcnn"])
+def test_a_fresh_model_loads_a_trained_ones_state(name):
+    trained, fresh = (model_architecture[name](10, 16) for _ in range(2))
+    x = torch.rand(4, 3, 16, 16)
+    trained.train()(x)  # moves the statistics and the spectral norms' vectors
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.eval()(x), trained.eval()(x))
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    fresh(x)
+    assert all(torch.equal(before[name], value) for name, value in fresh.state_dict().items())
+
+
+def test_the_resnets_last_layer_has_spectral_norm_one():
+    for name in ("resnet18", "resnet18lcnn"):
+        model = model_architecture[name](10, 16).train()
+        for _ in range(300):
+            model.classifier(torch.rand(2, 512))
+        assert torch.linalg.matrix_norm(model.eval().classifier.weight, ord=2).item() == pytest.approx(1, rel=1e-4)
