@@ -18,7 +18,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """Two real photographs (scikit-learn's) cut into 20 x 20 patches: classes china and flower, 12 train, 6 test each."""
+    """20 x 20 patches of two real photographs (scikit-learn's): classes china and flower, 12 train and 6 test each."""
     root = tmp_path_factory.mktemp("photographs")
     sample = load_sample_images()
     rng = np.random.default_rng(0)
