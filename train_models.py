@@ -152,6 +152,8 @@ def train(flags: argparse.Namespace) -> Path:
         "class_names": data.class_names,
         "flags": recorded_flags,
     }
+    if flags.overwrite:  # only now that nothing can be missing for the new run
+        files.remove()
     num_steps = -(-len(data.train) // flags.batch_size)
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
         # a loss that draws random numbers resumes as exactly as the rest

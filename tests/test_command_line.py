@@ -1,7 +1,9 @@
-"""Both scripts as a user runs them, in processes of their own, on real photographs."""
+"""Both scripts as a user runs them, on real photographs: in processes of their own, or where there are many cases
+through main(), which is all that such a process calls."""
 
 import csv
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,12 +34,19 @@ def read_metrics(path) -> list[dict]:
 FAMILIES = ["resnet18", "vgg11", "resnet18lcnn", "vgg11lcnn", "vgg11lowbeta"]
 
 
+def run_main(script, arguments: list, capsys) -> subprocess.CompletedProcess:
+    """script.main(arguments) with what it printed and the exit code it returned."""
+    returned = script.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return subprocess.CompletedProcess(arguments, returned, captured.out, captured.err)
+
+
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path):
+def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, capsys):
     trained = []
     for regularizer in regularizers:
         flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
-        result = run_script("train_models.py", *tiny_run(photographs, tmp_path, *flags), check=None)
+        result = run_main(train_models, tiny_run(photographs, tmp_path, *flags), capsys)
         if "curvature" in regularizer and "lcnn" not in arch:
             assert_one_line_error(result, 2, "--regularizer", "resnet18lcnn, resnet34lcnn or vgg11lcnn")
             continue
@@ -53,10 +62,10 @@ def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert not list(tmp_path.glob("*unfinished*"))
         trained.append(tmp_path / f"{name}.pt")
-    result = run_script(
-        *("estimate_curvature.py", "--model-filename", *trained, "--data-fraction", 0.25, "--num-power-iter", 2),
-        *("--output", tmp_path / "all.csv", "--plot", tmp_path / "all.png"),
-    )
+    flags = ["--data-fraction", 0.25, "--num-power-iter", 2]
+    flags += ["--output", tmp_path / "all.csv", "--plot", tmp_path / "all.png"]
+    result = run_main(estimate_curvature, ["--model-filename", *trained, *flags], capsys)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.count("train, 6 examples") == result.stdout.count("test, 3 examples") == len(trained)
     assert len(read_metrics(tmp_path / "all.csv")) == 9 * len(trained)
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
@@ -72,38 +81,40 @@ def states_equal(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("interruption", [signal.SIGKILL, signal.SIGINT])
-def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(interruption, photographs, tmp_path):
-    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--num-epochs", 8]
+def interrupt(command: list, after: str, how: signal.Signals) -> subprocess.CompletedProcess:
+    """Start a process, and send it a signal shortly after it printed a line that starts with ``after``."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(after):
+            time.sleep(0.2)
+            process.send_signal(how)
+            break
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, "".join(lines) + output, errors)
+
+
+def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(photographs, tmp_path, capsys):
+    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--num-epochs", 5]
     flags += ["--calibrate-batchnorm"]
     name = "vgg11lcnn_curvature_and_gnorm_imagefolder"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_script("train_models.py", *tiny_run(photographs, whole, *flags))
-
-    command = [sys.executable, str(ROOT / "train_models.py"), *tiny_run(photographs, broken, *flags)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for line in process.stdout:  # in the middle of an epoch, after some were saved
-        if line.startswith("epoch 3/8"):
-            time.sleep(0.2)
-            process.send_signal(interruption)
-            break
-    output, errors = process.communicate()
-    if interruption == signal.SIGINT:
-        assert process.returncode == 130
-        assert errors.strip() == "train_models.py: interrupted"
-        assert "--resume" in output
+    command = tiny_run(photographs, broken, *flags)
+    killed = interrupt([sys.executable, str(ROOT / "train_models.py"), *command], "epoch 2/5", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
     assert not (broken / f"{name}.pt").exists()
-    assert 3 <= torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] < 8
+    assert torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] in (1, 2, 3)
 
     # an unfinished run is not overwritten, nor continued with other flags
-    refused = run_script("train_models.py", *tiny_run(photographs, broken, *flags), check=None)
-    assert_one_line_error(refused, 2, "--resume", "--overwrite")
-    other = [*tiny_run(photographs, broken, *flags), "--resume", "--momentum", "0.5"]
-    assert_one_line_error(run_script("train_models.py", *other, check=None), 2, "--momentum 0.9, not 0.5")
+    assert_one_line_error(run_main(train_models, command, capsys), 2, "--resume", "--overwrite")
+    other = run_main(train_models, [*command, "--resume", "--momentum", 0.5], capsys)
+    assert_one_line_error(other, 2, "--momentum 0.9, not 0.5")
 
-    resumed = run_script("train_models.py", *tiny_run(photographs, broken, *flags), "--resume")
+    resumed = run_script("train_models.py", *command, "--resume")
     assert "resuming" in resumed.stdout
-    assert "epoch 3/8" not in resumed.stdout
+    assert "epoch 1/5" not in resumed.stdout
     checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (whole, broken)]
     assert states_equal(*checkpoints)
     assert not (broken / f"{name}.unfinished.pt").exists()
@@ -113,14 +124,29 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(interruption, 
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
     assert timeless(whole) == timeless(broken)
-    assert [row["epoch"] for row in timeless(broken)] == [str(epoch) for epoch in range(1, 9)]
+    assert [row["epoch"] for row in timeless(broken)] == ["1", "2", "3", "4", "5"]
     # resuming a finished run says so and changes nothing
     before = (broken / f"{name}.pt").read_bytes()
-    again = run_script("train_models.py", *tiny_run(photographs, broken, *flags), "--resume")
-    assert "is finished" in again.stdout
+    assert "is finished" in run_main(train_models, [*command, "--resume"], capsys).stdout
     assert (broken / f"{name}.pt").read_bytes() == before
-    run_script("train_models.py", *tiny_run(photographs, broken, *flags), "--overwrite")
-    assert states_equal(checkpoints[0], torch.load(broken / f"{name}.pt", weights_only=True))
+
+
+def test_ctrl_c_keeps_the_finished_epochs_and_prints_how_to_go_on(photographs, tmp_path, capsys):
+    flags = tiny_run(photographs, tmp_path, "--model-arch", "vgg11", "--num-epochs", 3)
+    stopped = interrupt([sys.executable, str(ROOT / "train_models.py"), *flags], "epoch 1/3", signal.SIGINT)
+    assert stopped.returncode == 130
+    assert stopped.stderr.strip() == "train_models.py: interrupted"
+    line = next(line for line in stopped.stdout.splitlines() if "--resume" in line)
+    saved = torch.load(tmp_path / "vgg11_imagefolder.unfinished.pt", weights_only=True)
+    momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+    assert any(momentum.abs().max() > 0 for momentum in momenta)
+    # the line it printed is the command that goes on
+    arguments = shlex.split(line.split("train_models.py", 1)[1])
+    assert "saved" in run_main(train_models, arguments, capsys).stdout
+    assert "is finished" in run_main(train_models, arguments, capsys).stdout
+    again = run_main(train_models, [*flags, "--overwrite", "--num-epochs", "1"], capsys)
+    assert "epoch 1/1" in again.stdout
+    assert not (tmp_path / "vgg11_imagefolder.unfinished.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -145,10 +171,7 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(interruption, 
 )
 def test_train_errors(flags, code, words, tmp_path, capsys):
     places = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
-    returned = train_models.main([*places, *flags])
-    captured = capsys.readouterr()
-    result = subprocess.CompletedProcess(flags, returned, captured.out, captured.err)
-    assert_one_line_error(result, code, *words)
+    assert_one_line_error(run_main(train_models, [*places, *flags], capsys), code, *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,9 +187,7 @@ def test_train_errors(flags, code, words, tmp_path, capsys):
     ],
 )
 def test_estimate_errors(flags, code, words, capsys):
-    returned = estimate_curvature.main(flags)
-    captured = capsys.readouterr()
-    assert_one_line_error(subprocess.CompletedProcess(flags, returned, captured.out, captured.err), code, *words)
+    assert_one_line_error(run_main(estimate_curvature, flags, capsys), code, *words)
 
 
 def test_errors_and_help_in_a_process_of_their_own():

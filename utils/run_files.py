@@ -34,8 +34,16 @@ class RunFiles:
         )
 
     def saved(self) -> Path | None:
-        """What there is to resume: the finished checkpoint, else the unfinished one, else None."""
-        return next((path for path in (self.checkpoint, self.unfinished) if path.exists()), None)
+        """What there is to resume: the unfinished checkpoint, else the finished one, else None.
+
+        Both are there if the run was killed just as it finished; its last epoch is then simply done again.
+        """
+        return next((path for path in (self.unfinished, self.checkpoint) if path.exists()), None)
+
+    def remove(self) -> None:
+        """Delete the files of the run of this name, if there are any."""
+        for path in (self.unfinished, self.checkpoint, self.metrics, self.picture):
+            path.unlink(missing_ok=True)
 
     def refuse_to_overwrite(self) -> None:
         """Raise UsageError if a run of this name is there."""
