@@ -19,7 +19,7 @@ from data.datasets import datasets, load_dataset
 from models.model_selector import model_architecture
 from regularized_loss import regularizers
 from utils import cli
-from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 from utils.plots import plot_training
 from utils.progress import progress
@@ -95,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def write_report(files: RunFiles, metrics: list[dict], model: torch.nn.Module) -> None:
+    """What a finished run leaves beside its checkpoint."""
+    write_metrics(files.metrics, metrics)
+    plot_training(files.picture, files.checkpoint.stem, metrics, model)
+
+
 def train(flags: argparse.Namespace) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
@@ -115,6 +121,7 @@ def train(flags: argparse.Namespace) -> Path:
         check_same_flags(path, saved, recorded_flags)
         if path == files.checkpoint:
             print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
+            write_report(files, saved["metrics"], build_model(saved, path))  # a kill may have come before it
             return path
     elif not flags.overwrite:
         files.refuse_to_overwrite()
@@ -182,7 +189,7 @@ def train(flags: argparse.Namespace) -> Path:
             save_checkpoint(files.checkpoint, progress_made)
             files.unfinished.unlink(missing_ok=True)
         write_metrics(files.metrics, metrics)
-    plot_training(files.picture, files.checkpoint.stem, metrics, model)
+    write_report(files, metrics, model)
     print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
     return files.checkpoint
 

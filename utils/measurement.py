@@ -84,15 +84,16 @@ def format_measurement(measurement: Measurement) -> str:
 
 
 def comparison_table(measurements: list[Measurement]) -> str:
-    """The means of every model side by side, one row per model and split."""
+    """Every model's means and median curvature side by side: a row per model and split."""
     width = max(len(Path(m.model).stem) for m in measurements)
-    header = f"{'model':<{width}}  split  accuracy   ||grad l||   ||hess l||  curvature C"
-    rows = [
-        f"{Path(m.model).stem:<{width}}  {m.split:<5}  {m.test_accuracy if m.split == 'test' else float('nan'):>7.2f}%"
-        + "".join(f" {summarize(getattr(m.estimate, name))['mean']:>12.4g}" for name in QUANTITIES)
-        for m in measurements
-    ]
-    return "\n".join([header, *rows])
+    lines = [f"{'model':<{width}}  split  test accuracy  ||grad l||  ||hess l||           C    median C"]
+    for m in measurements:
+        accuracy = f"{m.test_accuracy:.2f} %" if m.split == "test" else ""
+        means = [summarize(getattr(m.estimate, name))["mean"] for name in QUANTITIES]
+        numbers = [*means, summarize(m.estimate.curvature)["median"]]
+        row = "".join(f"{number:>12.4g}" for number in numbers)
+        lines.append(f"{Path(m.model).stem:<{width}}  {m.split:<5}  {accuracy:>13}{row}")
+    return "\n".join(lines)
 
 
 def write_measurements(path: Path, measurements: list[Measurement]) -> None:
