@@ -9,22 +9,24 @@ Several files are measured on the same examples and compared side by side. From 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.datasets import datasets, load_dataset
+from data.datasets import ImageData, datasets, load_dataset
 from models.model_selector import model_architecture
 from utils import cli
-from utils.checkpoint import build_model, read_checkpoint
+from utils.checkpoint import build_model, check_architecture, read_checkpoint
 from utils.curvature import estimate_curvature as estimate_curvature  # part of this module's interface
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 from utils.measurement import (
     Measurement,
     choose_examples,
     comparison_table,
     format_measurement,
+    labelled_curvatures,
     measure_split,
     write_measurements,
 )
@@ -61,58 +63,84 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(path: str, flags: argparse.Namespace, loaded: dict) -> list[Measurement]:
-    """Measure one checkpoint on a subset of its data set's two splits, printing as it goes.
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that has passed every check, and the data it is measured on."""
 
-    Args:
-        loaded: data sets loaded so far, by (name, directory, image size), so that several models share one.
+    path: str
+    arch: str
+    model: torch.nn.Module
+    dataset: str
+    data: ImageData
+
+
+def load_subjects(flags: argparse.Namespace) -> list[Subject]:
+    """Read every checkpoint and data set the flags name, so that no mistake turns up after hours of measuring.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the flags disagree with it.
     """
-    checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path, flags.model_arch).to(flags.device, torch.float32)
-    own_dataset = checkpoint.get("dataset")
-    if flags.dataset and own_dataset and flags.dataset != own_dataset:
-        raise UsageError(f"{path} was trained on {own_dataset}, not {flags.dataset}; leave --dataset out")
-    dataset = flags.dataset or own_dataset or DEFAULT_DATASET
-    data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
-    key = dataset, data_dir, checkpoint["image_size"]
-    if key not in loaded:
-        loaded[key] = load_dataset(*key, flags.download).to(flags.device)
-    data = loaded[key]
-    if len(data.class_names) != checkpoint["num_classes"]:
-        raise UsageError(
-            f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {len(data.class_names)}; "
-            "give the --dataset (and --data-dir) it was trained on"
-        )
+    subjects, loaded = [], {}
+    for path in flags.model_filename:
+        checkpoint = read_checkpoint(path)
+        arch = check_architecture(checkpoint, path, flags.model_arch)
+        model = build_model(checkpoint, path, arch).to(flags.device)
+        own_dataset = checkpoint.get("dataset")
+        if flags.dataset and own_dataset and flags.dataset != own_dataset:
+            raise UsageError(f"{path} was trained on {own_dataset}, not {flags.dataset}; leave --dataset out")
+        dataset = flags.dataset or own_dataset or DEFAULT_DATASET
+        if dataset not in datasets:
+            raise UserError(f"{path}: unknown data set {dataset!r}; there are {', '.join(datasets)}")
+        data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
+        key = dataset, data_dir, checkpoint["image_size"]
+        if key not in loaded:  # several models share one
+            loaded[key] = load_dataset(*key, flags.download).to(flags.device)
+        data = loaded[key]
+        if len(data.class_names) != checkpoint["num_classes"]:
+            raise UsageError(
+                f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {len(data.class_names)}; "
+                "give the --dataset (and --data-dir) it was trained on"
+            )
+        subjects.append(Subject(path, arch, model, dataset, data))
+    return subjects
 
-    accuracy = evaluate(model, data.test)[1]
-    print(f"{path}: {flags.model_arch or checkpoint['model_arch']} on {dataset}, test accuracy {accuracy:.2f} %")
-    measurements = []
-    for name, split in (("train", data.train), ("test", data.test)):
-        # the same examples and starting vectors for every model, and for train and test independent of each other
+
+def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[Measurement]:
+    """Measure one model on a subset of each of its data set's two splits."""
+    accuracy = evaluate(subject.model, subject.data.test)[1]
+    print(f"{subject.path}: {subject.arch} on {subject.dataset}, test accuracy {accuracy:.2f} %")
+    for name, split in (("train", subject.data.train), ("test", subject.data.test)):
+        # the same examples and starting vectors for every model
         generator = torch.Generator().manual_seed(flags.prng_seed)
         indices = choose_examples(len(split), flags.data_fraction, generator)
+        chosen = split[indices.to(flags.device)]
         estimate = measure_split(
-            model, split[indices.to(flags.device)], flags.batch_size, flags.num_power_iter, generator, name
+            subject.model, chosen, flags.batch_size, flags.num_power_iter, generator, f"{subject.path} {name}"
         )
-        measurements.append(Measurement(path, name, accuracy, indices, split.labels.cpu()[indices], estimate))
-        print(format_measurement(measurements[-1]), flush=True)
-    return measurements
+        yield Measurement(subject.path, name, accuracy, indices, chosen.labels.cpu(), estimate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
 
     def command(flags: argparse.Namespace) -> None:
-        loaded = {}
-        measurements = [found for path in flags.model_filename for found in measure(path, flags, loaded)]
+        for path in (flags.output, flags.plot):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        measurements = []
+        for subject in load_subjects(flags):
+            for measurement in measure(subject, flags):
+                print(format_measurement(measurement), flush=True)
+                measurements.append(measurement)
+                if flags.output:  # after each split: whatever happens later, this much is there
+                    write_measurements(flags.output, measurements)
         if len(flags.model_filename) > 1:
             print(comparison_table(measurements))
-        if flags.output:
-            write_measurements(flags.output, measurements)
-            print(f"saved {flags.output}")
         if flags.plot:
-            plot_curvature(flags.plot, {m.label: m.estimate.curvature.numpy() for m in measurements})
-            print(f"saved {flags.plot}")
+            plot_curvature(flags.plot, labelled_curvatures(measurements))
+        for path in (flags.output, flags.plot):
+            if path:
+                print(f"saved {path}")
 
     return cli.run(build_parser(), command, argv)
 

@@ -2,8 +2,8 @@
 
 This is the file to edit for an experiment. A loss is a class that takes the model and has
 ``compute_loss(input, target) -> scalar tensor``; it sets ``self.metadata`` to the unweighted terms it wants logged
-(they become columns of the metrics file). One line in ``regularizers``, at the end of this file, gives it a name on the
-command line. README, "Writing your own loss", has a complete example.
+(they become columns of the metrics file). Extending ``CELoss`` is the easy way. One line in ``regularizers``, at the
+end of this file, gives it a name on the command line. README, "Writing your own loss", has a complete example.
 """
 
 import torch

@@ -23,7 +23,7 @@ from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
 from utils.plots import plot_training
 from utils.progress import progress
-from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_flags, write_metrics
+from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags, write_metrics
 from utils.training import (
     build_optimizer,
     calibrate_batchnorm,
@@ -119,16 +119,19 @@ def train(flags: argparse.Namespace) -> Path:
     if flags.resume and (path := files.saved()):
         saved = read_checkpoint(path)
         check_same_flags(path, saved, recorded_flags)
-        if path == files.checkpoint:
-            print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
-            write_report(files, saved["metrics"], build_model(saved, path))  # a kill may have come before it
-            return path
     elif not flags.overwrite:
         files.refuse_to_overwrite()
 
     cli.seed_everything(flags.prng_seed, flags.strong_determinism_wanted)
     data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
     num_classes = len(data.class_names)
+    if saved:
+        check_same_data(path, saved, data)
+        if path == files.checkpoint:
+            print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
+            write_report(files, saved["metrics"], build_model(saved, path))  # a kill may have come before it
+            return path
+
     model = model_architecture[flags.model_arch](num_classes, input_size=flags.image_size).to(flags.device)
     set_batchnorm_momentum(model, flags.bn_momentum)
     loss = regularizers[flags.regularizer](model, flags)
@@ -141,8 +144,6 @@ def train(flags: argparse.Namespace) -> Path:
 
     metrics = []
     if saved:
-        if saved["num_classes"] != num_classes:
-            raise UserError(f"{files.unfinished} was trained on {saved['num_classes']} classes, not {num_classes}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         metrics = saved["metrics"]
@@ -157,6 +158,7 @@ def train(flags: argparse.Namespace) -> Path:
         "num_classes": num_classes,
         "image_size": flags.image_size,
         "class_names": data.class_names,
+        "data": data.fingerprint(),
         "flags": recorded_flags,
     }
     if flags.overwrite:  # only now that nothing can be missing for the new run

@@ -1,5 +1,6 @@
 """Batches of pixels in [0, 1] from an in-memory split, made where the split lies, a whole batch at a time."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,14 +22,21 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
+    def fingerprint(self) -> str:
+        """A hash of every pixel and label: equal for equal data, wherever it lies."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
     def __getitem__(self, indices: Tensor) -> "Split":
         """The examples at an index tensor, as a split of their own."""
         return Split(self.images[indices], self.labels[indices])
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 images -> float32 pixels in [0, 1]; no mean or deviation is taken out, the models expect none to be."""
-    return images.float() / 255
+def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images -> pixels in [0, 1]; no mean or deviation is taken out, the models expect none to be."""
+    return images.to(dtype) / 255
 
 
 def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -62,12 +70,16 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Yields (pixels (n, 3, H, H) float32, labels (n,)); the last batch may be smaller than batch_size. The crop's padding
+    Yields (pixels (n, 3, H, H) float32, labels (n,)); the last batch may be smaller than batch_size, and if only one
+    example is left for it the last but one takes it: BatchNorm cannot be trained on one 1 x 1 image. The crop's padding
     is H / 8: the usual 4 at 32 x 32.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)
-    for indices in order.split(batch_size):
+    parts = list(order.split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    for indices in parts:
         batch = split[indices]
         images = batch.images
         if augment:
@@ -75,7 +87,7 @@ def training_batches(
         yield to_pixels(images), batch.labels
 
 
-def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The split in its own order, un-augmented: (pixels (n, 3, H, H) float32, labels (n,))."""
+def batches(split: Split, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split in its own order, un-augmented: (pixels (n, 3, H, H) of that dtype, labels (n,))."""
     for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-        yield to_pixels(images), labels
+        yield to_pixels(images, dtype), labels

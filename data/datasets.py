@@ -23,6 +23,10 @@ class ImageData:
     class_names: list[str]
     flip: bool  # whether a mirrored image still shows its class
 
+    def fingerprint(self) -> str:
+        """A hash of every pixel and label of both splits."""
+        return f"{self.train.fingerprint()} {self.test.fingerprint()}"
+
     def to(self, device: torch.device) -> "ImageData":
         return ImageData(self.train.to(device), self.test.to(device), self.class_names, self.flip)
 

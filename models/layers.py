@@ -62,7 +62,7 @@ class SpectralNormConv2d(nn.Conv2d):
     Args:
         input_size: height and width (int or pair) of the inputs the norm is for. The layer accepts other sizes, but
             then the operator's norm is only approximately 1.
-        Others as in ``torch.nn.Conv2d``.
+        Others as in ``torch.nn.Conv2d``, by name from stride on.
 
     Raises:
         ValueError: if padding_mode is not "zeros", padding is given by name, or the output would be empty.
@@ -88,8 +88,8 @@ class SpectralNormConv2d(nn.Conv2d):
             size - ((o - 1) * s - 2 * p + r)
             for size, o, s, p, r in zip(self.input_size, output_size, self.stride, self.padding, reach, strict=True)
         ]
-        self.register_buffer("u", F.normalize(torch.randn(1, out_channels, *output_size), dim=(1, 2, 3)))
-        self.register_buffer("v", torch.zeros(1, in_channels, *self.input_size))
+        self.register_buffer("u", self.weight.new_empty(1, out_channels, *output_size).normal_())
+        self.register_buffer("v", self.weight.new_zeros(1, in_channels, *self.input_size))
         self.power_iteration(self.INITIAL_ITERATIONS)
 
     def _operator(self, z: Tensor) -> Tensor:

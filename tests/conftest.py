@@ -1,5 +1,7 @@
 """What several test files share: real images on disk, and the scripts run as a user runs them."""
 
+import hashlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,32 @@ def assert_one_line_error(result: subprocess.CompletedProcess, code: int, *words
     assert "Traceback" not in result.stderr + result.stdout
     for word in words:
         assert word in result.stderr, result.stderr
+
+
+def write_cifar(root, monkeypatch, class_name: str) -> None:
+    """torchvision's own file layout with a few random images, and its checksums told about them."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, class_name)
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    label_key = "fine_labels" if class_name == "CIFAR100" else "labels"
+    names = [f"class{i}" for i in range(100 if class_name == "CIFAR100" else 10)]
+    rng = np.random.default_rng(0)
+
+    def write(name: str, content: dict) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for attribute in ("train_list", "test_list"):
+        listing = [
+            [
+                name,
+                write(name, {"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), label_key: [0, 1, 2]}),
+            ]
+            for name, _ in getattr(dataset, attribute)
+        ]
+        monkeypatch.setattr(dataset, attribute, listing)
+    meta = {**dataset.meta}
+    meta["md5"] = write(meta["filename"], {meta["key"]: names})
+    monkeypatch.setattr(dataset, "meta", meta)

@@ -66,9 +66,18 @@ def test_load_model_errors(path, tmp_path, model):
         load_model(path, "resnet18")
     with pytest.raises(UserError, match="no such"):
         load_model(tmp_path / "absent.pt")
-    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r"cut\.pt: not a readable checkpoint"):
-        load_model(tmp_path / "cut.pt")
+    for length in (0, 1, 1000, path.stat().st_size - 5000):
+        (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:length])
+        with pytest.raises(UserError, match=r"cut\.pt: not a readable checkpoint"):
+            load_model(tmp_path / "cut.pt")
+    for foreign in ({0: torch.zeros(3)}, {"format": "lcnn", "version": 1}, {"format": "lcnn", "version": 2}):
+        torch.save(foreign, tmp_path / "odd.pt")
+        with pytest.raises(UserError, match=r"odd\.pt"):
+            load_model(tmp_path / "odd.pt")
+    for name, value in (("image_size", 20), ("model", {"classifier.bias": torch.zeros(2, dtype=torch.int64)})):
+        save_checkpoint(tmp_path / "odd.pt", checkpoint_of(model) | {name: value})
+        with pytest.raises(UserError, match="do not fit"):
+            load_model(tmp_path / "odd.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     with pytest.raises(UserError, match=r"foreign\.pt: is neither"):
         load_model(tmp_path / "foreign.pt")

@@ -8,11 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, assert_one_line_error, run_script
+from conftest import ROOT, SHARED, assert_one_line_error, run_script, write_cifar
 
 import estimate_curvature
 import train_models
@@ -82,13 +81,12 @@ def states_equal(a, b) -> bool:
 
 
 def interrupt(command: list, after: str, how: signal.Signals) -> subprocess.CompletedProcess:
-    """Start a process, and send it a signal shortly after it printed a line that starts with ``after``."""
+    """Start a process, and send it a signal when it prints a line that starts with ``after``."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith(after):
-            time.sleep(0.2)
             process.send_signal(how)
             break
     output, errors = process.communicate()
@@ -105,7 +103,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
     killed = interrupt([sys.executable, str(ROOT / "train_models.py"), *command], "epoch 2/5", signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert not (broken / f"{name}.pt").exists()
-    assert torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] in (1, 2, 3)
+    assert torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] < 5
 
     # an unfinished run is not overwritten, nor continued with other flags
     assert_one_line_error(run_main(train_models, command, capsys), 2, "--resume", "--overwrite")
@@ -132,8 +130,8 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
 
 
 def test_ctrl_c_keeps_the_finished_epochs_and_prints_how_to_go_on(photographs, tmp_path, capsys):
-    flags = tiny_run(photographs, tmp_path, "--model-arch", "vgg11", "--num-epochs", 3)
-    stopped = interrupt([sys.executable, str(ROOT / "train_models.py"), *flags], "epoch 1/3", signal.SIGINT)
+    flags = tiny_run(photographs, tmp_path, "--model-arch", "vgg11", "--num-epochs", 6)
+    stopped = interrupt([sys.executable, str(ROOT / "train_models.py"), *flags], "epoch 2/6", signal.SIGINT)
     assert stopped.returncode == 130
     assert stopped.stderr.strip() == "train_models.py: interrupted"
     line = next(line for line in stopped.stdout.splitlines() if "--resume" in line)
@@ -205,6 +203,58 @@ def test_the_references_own_commands_without_cifar100(tmp_path):
     places = ["--data-dir", tmp_path, "--output-dir", tmp_path]
     result = run_script("train_models.py", *REFERENCE_TRAIN, *places, check=None)
     assert_one_line_error(result, 1, "cifar-100-python", "missing", "--download")
+
+
+def test_the_references_own_commands_with_cifar100(tmp_path, monkeypatch, capsys):
+    """Its two commands, shortened; torchvision's layout with a few images stands for the data set."""
+    write_cifar(tmp_path, monkeypatch, "CIFAR100")
+    places = ["--data-dir", tmp_path, "--output-dir", tmp_path]
+    result = run_main(train_models, [*REFERENCE_TRAIN, *places, "--num-epochs", 1], capsys)
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "resnet18lcnn_curvature_and_gnorm_cifar100.pt"
+    flags = ["--dataset=cifar100", "--num-power-iter=10", "--data-fraction=0.1", "--data-dir", tmp_path]
+    flags = ["--model-arch=resnet18lcnn", f"--model-filename={path}", *flags]
+    result = run_main(estimate_curvature, flags, capsys)
+    assert result.returncode == 0, result.stderr
+    assert "train, 1 examples" in result.stdout
+
+
+def test_a_run_is_not_resumed_on_other_data(photographs, tmp_path, capsys):
+    other = shutil.copytree(photographs, tmp_path / "other")
+    shutil.copy(other / "train" / "china" / "0.png", other / "train" / "flower" / "0.png")
+    flags = ["--model-arch", "vgg11", "--num-epochs", 1, "--resume"]
+    assert run_main(train_models, tiny_run(photographs, tmp_path, *flags), capsys).returncode == 0
+    result = run_main(train_models, tiny_run(other, tmp_path, *flags), capsys)
+    assert_one_line_error(result, 2, "other data", "--data-dir", str(photographs))
+    moved = shutil.copytree(photographs, tmp_path / "moved")  # the same data elsewhere is the same data
+    assert "is finished" in run_main(train_models, tiny_run(moved, tmp_path, *flags), capsys).stdout
+
+
+def test_small_batches(photographs, tmp_path, capsys):
+    """24 examples in batches of 23 leave one over, which a VGG's 1 x 1 BatchNorm cannot be trained on."""
+    flags = ["--model-arch", "vgg11", "--num-epochs", 1]
+    flags = [*tiny_run(photographs, tmp_path, *flags), "--batch-size"]
+    assert run_main(train_models, [*flags, 23], capsys).returncode == 0
+    result = run_main(train_models, [*flags, 1, "--overwrite"], capsys)
+    assert_one_line_error(result, 1, "BatchNorm", "--batch-size")
+
+
+def test_checkpoints_of_the_same_name_are_told_apart(photographs, tmp_path, capsys):
+    paths = []
+    for seed in ("1", "2"):
+        flags = ["--model-arch", "vgg11", "--num-epochs", 1, "--seed", seed]
+        run_main(train_models, tiny_run(photographs, tmp_path / seed, *flags), capsys)
+        paths.append(tmp_path / seed / "vgg11_imagefolder.pt")
+    few = ["--num-power-iter", 1, "--output", tmp_path / "new" / "both.csv"]
+    result = run_main(estimate_curvature, ["--model-filename", *paths, *few], capsys)
+    assert result.returncode == 0, result.stderr
+    assert all(result.stdout.count(f"{path}  t") == 2 for path in paths)  # the table's train and test rows
+    assert {row["model"] for row in read_metrics(tmp_path / "new" / "both.csv")} == set(map(str, paths))
+    # every file is checked before any is measured
+    wrong = ["--model-filename", paths[0], tmp_path / "absent.pt", *few]
+    result = run_main(estimate_curvature, wrong, capsys)
+    assert_one_line_error(result, 1, "absent.pt")
+    assert result.stdout == ""
 
 
 def test_reference_flag_spellings():

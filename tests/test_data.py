@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import write_cifar
 from PIL import Image
 
 from data.batches import Split, batches, random_crop_and_flip, to_pixels, training_batches
@@ -28,6 +29,24 @@ def test_every_example_once_per_epoch_in_an_order_only_seed_and_epoch_decide():
     assert sorted(label for batch in labels(0, 1) for label in batch) == list(range(10))
     assert labels(0, 1) == labels(0, 1)
     assert len({str(labels(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
+
+
+def test_a_last_example_alone_joins_the_batch_before():
+    """BatchNorm behind a 1 x 1 image cannot be trained on one example."""
+    assert [len(labels) for _, labels in training_batches(split_of(9), 4, 0, 1)] == [4, 5]
+    assert [len(labels) for _, labels in training_batches(split_of(1), 4, 0, 1)] == [1]
+    assert [len(labels) for _, labels in training_batches(split_of(3), 1, 0, 1)] == [1, 2]
+
+
+def test_fingerprints_tell_data_apart():
+    split = split_of(4)
+    assert split.fingerprint() == split_of(4).fingerprint()
+    changed = split.images.clone()
+    changed[0, 0, 0, 0] ^= 1
+    assert (
+        len({s.fingerprint() for s in (split, Split(changed, split.labels), Split(split.images, split.labels + 1))})
+        == 3
+    )
 
 
 def test_unaugmented_batches_are_the_images_over_255():
@@ -126,35 +145,6 @@ def test_imagefolder_errors_name_the_file(photographs, tmp_path):
     (tmp_path / "train" / "a" / "0.png").write_bytes(patch[:100])
     with pytest.raises(UserError, match=r"0\.png cannot be read"):
         load_dataset("imagefolder", tmp_path)
-
-
-def write_cifar(root, monkeypatch, class_name: str) -> dict[str, torch.Tensor]:
-    """torchvision's own file layout with a few random images, and its checksums told about them."""
-    import torchvision
-
-    dataset = getattr(torchvision.datasets, class_name)
-    folder = root / dataset.base_folder
-    folder.mkdir(parents=True)
-    label_key = "fine_labels" if class_name == "CIFAR100" else "labels"
-    names = [f"class{i}" for i in range(100 if class_name == "CIFAR100" else 10)]
-    rng = np.random.default_rng(0)
-
-    def write(name: str, content: dict) -> str:
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    for attribute in ("train_list", "test_list"):
-        listing = [
-            [
-                name,
-                write(name, {"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), label_key: [0, 1, 2]}),
-            ]
-            for name, _ in getattr(dataset, attribute)
-        ]
-        monkeypatch.setattr(dataset, attribute, listing)
-    meta = {**dataset.meta}
-    meta["md5"] = write(meta["filename"], {meta["key"]: names})
-    monkeypatch.setattr(dataset, "meta", meta)
 
 
 @pytest.mark.parametrize(("name", "class_name", "count"), [("cifar10", "CIFAR10", 15), ("cifar100", "CIFAR100", 3)])

@@ -101,6 +101,11 @@ def test_spectral_norm_conv_refuses_what_it_cannot_normalize():
         SpectralNormConv2d(3, 4, 5, input_size=4)
 
 
+def test_spectral_norm_conv_takes_a_dtype():
+    conv = SpectralNormConv2d(3, 4, 3, padding=1, input_size=8, dtype=torch.float64)
+    assert {tensor.dtype for tensor in conv.state_dict().values()} == {torch.float64}
+
+
 def test_centered_softplus_has_its_closed_form_derivatives():
     x = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)  # |b x| stays below 20
     for init_beta in (0.3, 1.0, 5.0):

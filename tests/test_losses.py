@@ -15,6 +15,7 @@ from regularized_loss import (
     GradNormRegularizedLoss,
     regularizers,
 )
+from utils.training import build_optimizer, train_epoch
 
 
 @pytest.fixture
@@ -145,6 +146,20 @@ def test_curvature_losses_refuse_a_network_without_beta_and_gamma():
     for loss in (CurvatureRegularizedLoss, CurvatureAndGradientRegularizedLoss):
         with pytest.raises(ValueError, match="resnet18lcnn"):
             loss(nn.Linear(2, 2))
+
+
+def test_a_loss_need_not_extend_celoss(model):
+    """compute_loss and metadata are all that training asks for."""
+
+    class Standalone:
+        def compute_loss(self, input, target):
+            self.metadata = {"constant": 2.5}
+            return F.cross_entropy(model(input), target)
+
+    optimizer = build_optimizer(model, lr=0.1, momentum=0.0, weight_decay=0.0)
+    terms = train_epoch(model, Standalone(), optimizer, [batch(4), batch(2)])
+    assert terms["constant"] == 2.5
+    assert terms.keys() == {"train_loss", "constant"}
 
 
 def test_the_registry_names_the_references_regularizers():

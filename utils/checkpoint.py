@@ -3,8 +3,8 @@
 A checkpoint is one torch file of plain tensors, dicts, lists, numbers and strings (loaded with weights_only=True):
 
     format "lcnn", version 1; model_arch, dataset, num_classes, image_size, class_names, flags (all of the run's);
-    epoch (the last one done), metrics (one dict per epoch), model (state_dict), and, until the run is finished,
-    optimizer (state_dict).
+    data (their fingerprint); epoch (the last one done), metrics (one dict per epoch), model (state_dict), and, until
+    the run is finished, optimizer (state_dict).
 """
 
 import os
@@ -18,6 +18,7 @@ from utils.errors import UsageError, UserError
 from utils.reference_checkpoint import convert_reference_checkpoint
 
 FORMAT = {"format": "lcnn", "version": 1}
+REQUIRED = {"model_arch", "dataset", "num_classes", "image_size", "flags", "epoch", "metrics", "model"}
 
 
 def write_atomically(path: Path, write) -> None:
@@ -67,13 +68,18 @@ def read_checkpoint(path: str | Path) -> dict:
         Exception
     ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
         raise UserError(
-            f"{path}: not a readable checkpoint (damaged, or not plain tensors: {str(error).splitlines()[0][:100]})"
+            f"{path}: not a readable checkpoint: truncated, damaged, or not plain tensors ({type(error).__name__}); "
+            "use another copy of it"
         ) from error
     if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT["format"]:
         if checkpoint.get("version") != FORMAT["version"]:
             raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
+        if missing := REQUIRED - checkpoint.keys():
+            raise UserError(f"{path}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
         return checkpoint
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()
+    ):
         raise UserError(f"{path}: another program's file, not a checkpoint of this one or of the reference code")
     try:
         return convert_reference_checkpoint(checkpoint)
@@ -103,10 +109,10 @@ def build_model(checkpoint: dict, path: str | Path, model_arch: str | None = Non
     if arch not in model_architecture:
         raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
     state = checkpoint["model"]
-    model = model_architecture[arch](checkpoint["num_classes"], checkpoint["image_size"])
     try:
+        model = model_architecture[arch](checkpoint["num_classes"], checkpoint["image_size"])
         model.to(state["classifier.bias"].dtype).load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: the weights do not fit a {arch} ({reason})") from error
     return model.eval()

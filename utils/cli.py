@@ -16,7 +16,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         if action.default is None or isinstance(action, argparse.BooleanOptionalAction):
-            return action.help  # BooleanOptionalAction's default is added below, once, on every Python
+            return action.help  # some versions of Python add BooleanOptionalAction's default themselves: spelled out
         return super()._get_help_string(action)
 
 
@@ -66,7 +66,7 @@ def device(text: str) -> torch.device:
     try:
         chosen = torch.device(text)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try cpu") from None
     if chosen.type == "meta":

@@ -5,6 +5,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +32,6 @@ class Measurement:
     labels: Tensor  # (N,)
     estimate: CurvatureEstimate  # of (N,) tensors, on the CPU
 
-    @property
-    def label(self) -> str:
-        return f"{Path(self.model).stem}\n{self.split}"
-
 
 def choose_examples(num_examples: int, fraction: float, generator: torch.Generator) -> Tensor:
     """round(fraction * n) of the n examples, at least 1, at random: positions, each at most once, increasing."""
@@ -52,9 +49,10 @@ def measure_split(
 ) -> CurvatureEstimate:
     """estimate_curvature on every example of a split, in its order, batch by batch; the result is on the CPU."""
     num_batches = -(-len(split) // batch_size)
+    dtype = next(model.parameters()).dtype
     estimates = [
         estimate_curvature(model, images, labels, num_iterations=num_iterations, generator=generator)
-        for images, labels in progress(batches(split, batch_size), description, num_batches, "batches")
+        for images, labels in progress(batches(split, batch_size, dtype), description, num_batches, "batches")
     ]
     return CurvatureEstimate.concatenate(estimates).to("cpu")
 
@@ -64,7 +62,7 @@ def summarize(values: Tensor) -> dict[str, float]:
     values = values[values.isfinite()].double()
     if not len(values):
         return {"mean": float("nan"), "sd": float("nan"), "median": float("nan")}
-    return {"mean": float(values.mean()), "sd": float(values.std(correction=0)), "median": float(values.median())}
+    return {"mean": float(values.mean()), "sd": float(values.std(correction=0)), "median": float(np.median(values))}
 
 
 def format_measurement(measurement: Measurement) -> str:
@@ -75,7 +73,7 @@ def format_measurement(measurement: Measurement) -> str:
         s = summarize(getattr(estimate, name))
         lines.append(f"    {title:<26} {s['mean']:.6g} +/- {s['sd']:.3g}, median {s['median']:.6g}")
     residual = estimate.residual
-    lines.append(f"    relative residual          median {residual.nanmedian():.2g}, worst {residual.max():.2g}")
+    lines.append(f"    relative residual          median {np.nanmedian(residual):.2g}, worst {residual.max():.2g}")
     bad = int((~estimate.curvature.isfinite()).sum())
     if bad:
         where = measurement.indices[~estimate.curvature.isfinite()][:5].tolist()
@@ -83,16 +81,30 @@ def format_measurement(measurement: Measurement) -> str:
     return "\n".join(lines)
 
 
+def model_names(measurements: list[Measurement]) -> list[str]:
+    """A name for each measurement's model: its file's, or the whole path where two files have the same."""
+    paths = {m.model for m in measurements}
+    distinct = len({Path(path).stem for path in paths}) == len(paths)
+    return [Path(m.model).stem if distinct else m.model for m in measurements]
+
+
+def labelled_curvatures(measurements: list[Measurement]) -> list[tuple[str, np.ndarray]]:
+    """What plot_curvature draws: a label and the (N,) normalized curvatures of each measurement."""
+    names = model_names(measurements)
+    return [(f"{name}\n{m.split}", m.estimate.curvature.numpy()) for name, m in zip(names, measurements, strict=True)]
+
+
 def comparison_table(measurements: list[Measurement]) -> str:
     """Every model's means and median curvature side by side: a row per model and split."""
-    width = max(len(Path(m.model).stem) for m in measurements)
+    names = model_names(measurements)
+    width = max(map(len, names))
     lines = [f"{'model':<{width}}  split  test accuracy  ||grad l||  ||hess l||           C    median C"]
-    for m in measurements:
+    for name, m in zip(names, measurements, strict=True):
         accuracy = f"{m.test_accuracy:.2f} %" if m.split == "test" else ""
-        means = [summarize(getattr(m.estimate, name))["mean"] for name in QUANTITIES]
+        means = [summarize(getattr(m.estimate, quantity))["mean"] for quantity in QUANTITIES]
         numbers = [*means, summarize(m.estimate.curvature)["median"]]
         row = "".join(f"{number:>12.4g}" for number in numbers)
-        lines.append(f"{Path(m.model).stem:<{width}}  {m.split:<5}  {accuracy:>13}{row}")
+        lines.append(f"{name:<{width}}  {m.split:<5}  {accuracy:>13}{row}")
     return "\n".join(lines)
 
 

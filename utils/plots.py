@@ -65,18 +65,19 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
     save_figure(figure, path)
 
 
-def plot_curvature(path: Path, curvatures: dict[str, np.ndarray]) -> None:
+def plot_curvature(path: Path, curvatures: list[tuple[str, np.ndarray]]) -> None:
     """How normalized curvature is distributed over examples, one violin per label, on a log axis.
 
     Args:
-        curvatures: label -> the (N,) values of one model on one split; zero and non-finite ones are not drawn.
+        curvatures: a label and the (N,) values of one model on one split, for each; zero and non-finite ones are not
+            drawn.
     """
     figure, (axis,) = new_figure(1)
-    logs = [np.log10(values[np.isfinite(values) & (values > 0)]) for values in curvatures.values()]
+    logs = [np.log10(values[np.isfinite(values) & (values > 0)]) for _, values in curvatures]
     drawn = [i for i, values in enumerate(logs, start=1) if len(values) > 1]
     if drawn:
         axis.violinplot([logs[i - 1] for i in drawn], positions=drawn, showmedians=True, widths=0.8)
-    axis.set_xticks(range(1, len(logs) + 1), curvatures, rotation=15, ha="right", fontsize=7)
+    axis.set_xticks(range(1, len(logs) + 1), [label for label, _ in curvatures], rotation=15, ha="right", fontsize=7)
     axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
     axis.set(ylabel="normalized curvature C", title="curvature by example")
     axis.grid(axis="y", alpha=0.3)

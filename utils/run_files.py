@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.datasets import ImageData
 from utils.checkpoint import write_atomically
 from utils.errors import UsageError
 
@@ -65,6 +66,15 @@ def check_same_flags(path: Path, checkpoint: dict, flags: dict) -> None:
                 f"--resume: {path} was started with {flag} {theirs.get(name)}, not {flags.get(name)}; "
                 "give the same flags, or another --output-dir"
             )
+
+
+def check_same_data(path: Path, checkpoint: dict, data: ImageData) -> None:
+    """Raise UsageError unless the run at ``path`` was trained on these very images, classes and labels."""
+    if checkpoint.get("class_names") != data.class_names or checkpoint.get("data") != data.fingerprint():
+        raise UsageError(
+            f"--resume: {path} was started on other data, at {checkpoint['flags'].get('data_dir')}; "
+            "give that as --data-dir, or another --output-dir"
+        )
 
 
 def write_metrics(path: Path, metrics: list[dict]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from data.batches import Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from regularized_loss import CELoss
+from utils.errors import UserError
 
 
 def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -41,16 +42,25 @@ def train_epoch(
 
     Returns:
         Means over the examples: ``train_loss``, the quantity minimized, and each unweighted term of ``loss``.
+
+    Raises:
+        UserError: on a batch too small to train BatchNorm with.
     """
     model.train()
     sums: dict[str, Tensor] = {}  # stay on the device: reading a number after every step would wait for it
     num_examples = 0
     for images, labels in batches:
         optimizer.zero_grad(set_to_none=True)
-        total = loss.compute_loss(images, labels)
+        try:
+            total = loss.compute_loss(images, labels)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UserError("BatchNorm cannot be trained on one example of this size; raise --batch-size") from None
+            raise
         total.backward()
         optimizer.step()
-        for name, term in {"train_loss": total.detach(), **loss.terms}.items():
+        terms = loss.terms if isinstance(loss, CELoss) else loss.metadata
+        for name, term in {"train_loss": total.detach(), **terms}.items():
             sums[name] = sums.get(name, 0.0) + term * len(labels)
         num_examples += len(labels)
     return {name: float(value) / num_examples for name, value in sums.items()}
@@ -62,7 +72,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 256) -> tuple[flo
     model.eval()
     loss = torch.zeros((), device=split.images.device)
     correct = torch.zeros((), dtype=torch.int64, device=split.images.device)
-    for images, labels in batches(split, batch_size):
+    for images, labels in batches(split, batch_size, next(model.parameters()).dtype):
         logits = model(images)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(dim=1) == labels).sum()

@@ -1,0 +1,67 @@
+"""The optimizer, the schedule, and the statistics a low-curvature network starts from."""
+
+import pytest
+import torch
+from torch import nn
+
+from data.batches import Split
+from models.layers import LipschitzBatchNorm2d
+from models.model_selector import model_architecture
+from utils.training import build_optimizer, calibrate_batchnorm, evaluate, learning_rate
+
+
+def test_beta_and_gamma_have_no_weight_decay_and_everything_else_has():
+    model = model_architecture["vgg11lcnn"](10, 16)
+    optimizer = build_optimizer(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0 if "log_beta" in name or "log_gamma" in name else 5e-4), name
+    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("num_epochs", [4, 7, 8, 20, 200])
+def test_the_schedule_is_torchs_multistep(num_epochs):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    milestones = [int(0.75 * num_epochs), int(0.875 * num_epochs)]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    for epoch in range(1, num_epochs + 1):
+        assert learning_rate(0.1, epoch, num_epochs) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_one_epoch_run_trains_at_the_initial_rate():
+    assert learning_rate(0.1, 1, 1) == 0.1
+
+
+def test_calibrated_statistics_are_those_of_each_layers_input():
+    torch.manual_seed(0)
+    model = model_architecture["resnet18lcnn"](10, 16).train()
+    images = torch.rand(8, 3, 16, 16)
+    calibrate_batchnorm(model, images)
+    assert model.training
+    checked = []
+
+    def check(norm, inputs):
+        torch.testing.assert_close(norm.running_mean, inputs[0].mean(dim=(0, 2, 3)))
+        torch.testing.assert_close(norm.running_var, inputs[0].var(dim=(0, 2, 3)))
+        checked.append(norm)
+
+    norms = [module for module in model.modules() if isinstance(module, LipschitzBatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(check)
+    with torch.no_grad():
+        model.eval()(images)  # in eval each layer sees what the statistics were set from
+    assert len(checked) == len(norms) == 20
+    assert all(not norm._forward_pre_hooks or len(norm._forward_pre_hooks) == 1 for norm in norms)  # its own are gone
+
+
+def test_evaluate_counts_by_hand():
+    images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.tensor([0, 1, 0, 1, 1, 0, 0]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    logits = model(images.double() / 255)
+    loss, accuracy = evaluate(model, split, batch_size=3)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item())
+    assert accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).double().mean().item())
