@@ -81,7 +81,7 @@ def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int,
             sigma_reference = (u * F.conv2d(v, weight, None, layer.stride, layer.padding)).sum()
             layer.weight.copy_(weight)
             layer.u.copy_(F.interpolate(u, layer.u.shape[-2:], mode="bilinear"))  # near the answer, and not random
-            layer.power_iteration(100)
+            layer.power_iteration(30)
             state[f"{name}.u"] = layer.u * (sigma_reference / layer.eval().spectral_norm())
             state[f"{name}.v"] = layer.v
 
