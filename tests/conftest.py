@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # images and golden numbers too large for the repository
+SHARED = ROOT.parent / "shared"  # CIFAR-10 as JPEGs, where it is there: too large for the repository
 
 torch.set_num_threads(2)
 
