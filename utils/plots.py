@@ -61,7 +61,7 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
     panels = [("beta by activation", betas), ("gamma by BatchNorm", gammas)]
     for axis, (name, values) in zip(axes[3:], [panel for panel in panels if panel[1]], strict=True):
         axis.bar(range(1, len(values) + 1), values)
-        axis.set(xlabel="layer, input to output", title=name)
+        axis.set(xlabel="layer, input to output", title=name, yscale="log")  # one may be a hundred times another
     save_figure(figure, path)
 
 
