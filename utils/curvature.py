@@ -1,36 +1,60 @@
-"""Curvature of a classifier's loss at single examples (paper, equation 1), through Hessian-vector products."""
+"""Curvature of a classifier's loss at single examples (paper, equation 1), through Hessian-vector products.
 
-from collections.abc import Callable, Iterator
+Here the parts come together: utils/derivatives.py has the products, utils/eigenvalues.py what is done with them.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.folding import FoldedNetwork, fold
+from utils.derivatives import input_hessian
+from utils.eigenvalues import hutchinson_trace, methods, normalize, norms
+
 GRADIENT_EPS = 1e-6  # C = h / (g + 1e-6), the reference's definition
+
+# what random numbers are drawn with: one generator for all examples, one for each, or torch's global one
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
 class CurvatureEstimate:
-    """What estimate_curvature found, one entry per example: four (N,) tensors."""
+    """What estimate_curvature found: (N,) tensors, one entry per example, on the images' device and in their dtype."""
 
-    hessian_norm: Tensor  # h = ||Hessian of the loss||_2, its largest-magnitude eigenvalue
+    hessian_norm: Tensor  # h = ||Hessian of the loss||_2, the magnitude of its largest eigenvalue
     gradient_norm: Tensor  # g = ||gradient of the loss||_2
     curvature: Tensor  # C = h / (g + 1e-6)
+    eigenvalue: Tensor  # h with the eigenvalue's sign
     residual: Tensor  # ||H u - lambda u|| / |lambda|: relative, 0 when u is an eigenvector
+    products: Tensor  # Hessian-vector products spent, int64
+    converged: Tensor  # residual <= tol, bool
+    loss: Tensor  # cross-entropy
+    predicted: Tensor  # the class with the largest logit, int64
+    eigenvalues: Tensor  # (N, top_k) signed, largest magnitude first
+    trace: Tensor | None = None  # of the Hessian, with trace_probes
+    trace_error: Tensor | None = None  # its standard error
 
     def __len__(self) -> int:
         return len(self.hessian_norm)
 
     def to(self, device: torch.device | str) -> "CurvatureEstimate":
-        return CurvatureEstimate(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, rows: Tensor) -> "CurvatureEstimate":
+        """The estimate of the rows a mask or index picks."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change) -> "CurvatureEstimate":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return CurvatureEstimate(**{name: None if t is None else change(t) for name, t in tensors.items()})
 
     @staticmethod
-    def concatenate(estimates: list["CurvatureEstimate"]) -> "CurvatureEstimate":
-        return CurvatureEstimate(
-            *(torch.cat([getattr(e, field.name) for e in estimates]) for field in fields(CurvatureEstimate))
-        )
+    def concatenate(estimates: Sequence["CurvatureEstimate"]) -> "CurvatureEstimate":
+        columns = {field.name: [getattr(e, field.name) for e in estimates] for field in fields(CurvatureEstimate)}
+        return CurvatureEstimate(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
 
 
 @contextmanager
@@ -50,95 +74,117 @@ def frozen_in_eval(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def input_derivatives(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Each example's input gradient (N, ...), and the function v (N, ...) -> H v (N, ...) of its Hessian.
+@contextmanager
+def float32_proper() -> Iterator[None]:
+    """Convolutions on a GPU in float32: TF32, torch's default there, has three digits, too few for second derivatives.
 
-    In eval the examples do not mix, so the Hessian of the summed loss is block diagonal and one product with it serves
-    every example. Double backward: the gradient's graph is kept and differentiated once per product.
+    Settings made through torch's newer fp32_precision, which this one must not be mixed with, stay as they are.
     """
-    images = images.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
-
-    def hessian_vector_product(v: Tensor) -> Tensor:
-        if not gradient.requires_grad:  # a loss that is linear in the pixels
-            return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(gradient, images, v, retain_graph=True, materialize_grads=True)
-        return product
-
-    return gradient.detach(), hessian_vector_product
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+    except RuntimeError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
-def norms(x: Tensor) -> Tensor:
-    """(N, ...) -> (N, 1, ...): the 2-norm of each example, shaped to broadcast against x."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+@contextmanager
+def measurable(model: nn.Module | FoldedNetwork, use_folding: bool = True) -> Iterator[nn.Module | FoldedNetwork]:
+    """The model as it is measured: in eval mode and frozen, and folded if it is a network of ours."""
+    with float32_proper():
+        if isinstance(model, FoldedNetwork):
+            yield model
+            return
+        with frozen_in_eval(model):
+            yield (fold(model) if use_folding else None) or model
 
 
-def normalize(x: Tensor) -> Tensor:
-    """Each example over its 2-norm, at any scale; zero stays zero."""
-    norm = norms(x)
-    return x / torch.where(norm > 0, norm, 1)
+def draw_normal(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal numbers in the shape, dtype and device of like (N, ...)."""
+    if isinstance(generator, Sequence):
+        return torch.stack([draw_normal(row, own) for row, own in zip(like, generator, strict=True)])
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
-def power_method(
-    hessian_vector_product: Callable[[Tensor], Tensor], start: Tensor, num_iterations: int
-) -> tuple[Tensor, Tensor]:
-    """The largest-magnitude eigenvalue of each example's symmetric H by power iteration, and how converged it is.
+def starting_vectors(method: str, gradient: Tensor, generator: Generators) -> Tensor:
+    """Random directions for the power method, as in the paper; the Lanczos method adds the input gradient to them.
 
-    u <- H u / ||H u||, num_iterations products in all. Reports ||H u|| of the last one: it is at most ||H||, and closer
-    to it than the Rayleigh quotient |u'Hu|, which an indefinite H (eigenvalues of both signs) can make far too small.
-
-    Args:
-        start: (N, ...), the first u up to scale.
-
-    Returns:
-        hessian_norm (N,) and residual (N,) = ||H u - lambda u|| / |lambda| with lambda = u'Hu, 0 where H u = 0.
+    The gradient leans towards the top eigenvectors (both are made of the logits' gradients): it saves a product or so.
+    The random half keeps the method from being blind to what is orthogonal to the gradient.
     """
-    u = normalize(start)
-    for _ in range(num_iterations - 1):
-        u = normalize(hessian_vector_product(u))
-    product = hessian_vector_product(u)
-    rayleigh = (u * product).flatten(1).sum(dim=1)
-    norm, error = norms(product).flatten(), norms(product - rayleigh.view(-1, *[1] * (u.ndim - 1)) * u).flatten()
-    return norm, torch.where(norm == 0, 0, error / rayleigh.abs())
-
-
-methods = {"power": power_method}
+    start = normalize(draw_normal(gradient, generator).flatten(1))
+    if method == "lanczos":
+        start = start + normalize(gradient.flatten(1))
+    return start.view_as(gradient)
 
 
 def estimate_curvature(
-    model: nn.Module,
+    model: nn.Module | FoldedNetwork,
     images: Tensor,
     labels: Tensor,
-    method: str = "power",
-    num_iterations: int = 10,
-    generator: torch.Generator | None = None,
+    method: str = "lanczos",
+    num_iterations: int = 20,
+    tol: float = 1e-3,
+    generator: Generators = None,
+    *,
+    top_k: int = 1,
+    trace_probes: int = 0,
+    use_folding: bool = True,
 ) -> CurvatureEstimate:
     """Gradient norm, Hessian norm and normalized curvature of the cross-entropy at each example.
 
     Args:
         model: maps images (N, ...) to logits (N, classes), its examples independent in eval mode. It is evaluated in
-            eval mode and left as it was found.
+            eval mode and left as it was found. Networks of this project are folded first (models/folding.py), once for
+            many calls if the model is already a FoldedNetwork.
         images: (N, ...) pixels in the model's dtype, on its device.
         labels: (N,) class indices.
-        method: a key of ``methods``. "power" is power iteration, the paper's.
-        num_iterations: Hessian-vector products per example.
-        generator: draws the starting vectors; None for torch's global one.
+        method: a key of ``methods``: "lanczos", or "power" for power iteration, the paper's.
+        num_iterations: the most Hessian-vector products to spend on an example.
+        tol: an example is done when its relative residual is this small. The eigenvalue's relative error is then at
+            most tol, and usually near its square.
+        generator: draws the starting vectors. One for every example makes its result independent of its batch.
+        top_k: how many eigenvalues to find; the residual is then the largest of theirs, relative to the first.
+        trace_probes: Hessian-vector products per example for the trace of its Hessian; 0 for no trace.
+        use_folding: False differentiates every model by double backward.
 
     Raises:
-        ValueError: on an unknown method, no iterations, or as many labels as do not fit the images.
+        ValueError: on an unknown method, numbers that make no sense, or labels that do not fit the images.
     """
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(methods)}")
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images, but {len(labels)} labels")
-    with frozen_in_eval(model):
-        gradient, hessian_vector_product = input_derivatives(model, images, labels)
-        device = generator.device if generator is not None else images.device
-        start = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=device).to(images.device)
-        hessian_norm, residual = methods[method](hessian_vector_product, start, num_iterations)
-    gradient_norm = norms(gradient).flatten()
-    return CurvatureEstimate(hessian_norm, gradient_norm, hessian_norm / (gradient_norm + GRADIENT_EPS), residual)
+    for name, number, least in (("num_iterations", num_iterations, 1), ("top_k", top_k, 1), ("tol", tol, 0)):
+        if not number >= least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if len(images) != len(labels) or labels.ndim != 1:
+        raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
+    with measurable(model, use_folding) as network:
+        hessian = input_hessian(network, images, labels)
+        trace = trace_error = None
+        if trace_probes:  # while every example is still in the batch
+            trace, trace_error = hutchinson_trace(
+                hessian, trace_probes, draw=lambda: draw_normal(images, generator).sign()
+            )
+        start = starting_vectors(method, hessian.gradient, generator)
+        found = methods[method](hessian, start, num_iterations, tol, top_k)
+    residual = found.residuals.amax(dim=1)
+    hessian_norm, gradient_norm = found.values[:, 0].abs(), norms(hessian.gradient)
+    return CurvatureEstimate(
+        hessian_norm=hessian_norm,
+        gradient_norm=gradient_norm,
+        curvature=hessian_norm / (gradient_norm + GRADIENT_EPS),
+        eigenvalue=found.values[:, 0],
+        residual=residual,
+        products=found.products,
+        converged=residual <= tol,
+        loss=hessian.loss,
+        predicted=hessian.logits.argmax(dim=1),
+        eigenvalues=found.values,
+        trace=trace,
+        trace_error=trace_error,
+    )

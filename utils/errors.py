@@ -11,3 +11,8 @@ class UsageError(UserError):
     """Flags that are wrong, or that disagree with each other or with a checkpoint."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and message in one line of about 200 characters at most, for a message of ours to quote."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")

@@ -1,0 +1,318 @@
+"""A trained network of ours folded to plain convolutions and activations, with its derivatives written out.
+
+In eval mode the spectral norm, BatchNorm with its clip, and the factors of the residual blocks are constants: they go
+into convolution weights and biases, once. What is left is affine maps and elementwise softplus activations s, and there
+a Hessian-vector product needs no general autograd. With z the input of an activation and a = dl/d(its output),
+
+    the backward pass      dl/dz = s'(z) a        changes along a direction by      s''(z) a dz + s'(z) da.
+
+s'(z) and s''(z) a are the same for every direction: they are kept. A product is then one tangent pass forward for dz
+and one pass backward for da, two forward passes' convolutions in all (Pearlmutter, "Fast exact multiplication by the
+Hessian", 1994).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.resnet import ResNet
+from models.vgg import VGG
+
+# What each layer keeps of a batch for the derivatives: tensors of one row per example, or a torch.Size.
+Kept = dict["Layer", tuple[Tensor | torch.Size, ...]]
+
+
+class Layer:
+    """A map of batches (n, ...) without state: what it keeps of a batch goes into ``kept``.
+
+    ``forward`` and then ``backward`` prepare a batch; after them, any number of times, ``tangent`` and then
+    ``tangent_backward``. An affine layer has only to say what the adjoint of its linear part is. An activation may
+    overwrite what it is given: it comes from an affine layer, and nothing else reads that.
+    """
+
+    def forward(self, x: Tensor, kept: Kept) -> Tensor:
+        """The output."""
+        raise NotImplementedError
+
+    def tangent(self, dx: Tensor, kept: Kept) -> Tensor:
+        """The change of the output along the change dx of the input."""
+        raise NotImplementedError
+
+    def adjoint(self, a: Tensor, kept: Kept) -> Tensor:
+        """The transpose of ``tangent``."""
+        raise NotImplementedError
+
+    def backward(self, a: Tensor, kept: Kept) -> Tensor:
+        """dl/d(input) from a = dl/d(output)."""
+        return self.adjoint(a, kept)
+
+    def tangent_backward(self, da: Tensor, kept: Kept) -> Tensor:
+        """The change of dl/d(input) along the last ``tangent``'s direction, from da, that of dl/d(output)."""
+        return self.adjoint(da, kept)
+
+
+class Convolution(Layer):
+    """conv(x) + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int]):
+        self.weight, self.bias, self.stride, self.padding = weight, bias, stride, padding
+
+    def forward(self, x, kept):
+        kept[self] = (x.shape[2:],)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def tangent(self, dx, kept):
+        return F.conv2d(dx, self.weight, None, self.stride, self.padding)
+
+    def adjoint(self, a, kept):
+        (input_size,) = kept[self]
+        rest = [  # rows and columns at the far edge that the stride leaves out
+            size - (out - 1) * stride + 2 * padding - kernel
+            for size, out, stride, padding, kernel in zip(
+                input_size, a.shape[2:], self.stride, self.padding, self.weight.shape[2:], strict=True
+            )
+        ]
+        return F.conv_transpose2d(a, self.weight, None, self.stride, self.padding, rest)
+
+
+class Softplus(Layer):
+    """s(z) = softplus(b z) / b - shift, elementwise; the identity for b z > 20, as in torch."""
+
+    THRESHOLD = 20
+
+    def __init__(self, b: float, shift: float):
+        self.b, self.shift = b, shift
+
+    def forward(self, z, kept):
+        kept[self] = (z,)
+        y = F.softplus(z, self.b, self.THRESHOLD)
+        return y.sub_(self.shift) if self.shift else y
+
+    def backward(self, a, kept):
+        (z,) = kept[self]
+        one = z.new_ones(()).expand_as(z)
+        slope = torch.ops.aten.softplus_backward(one, z, self.b, self.THRESHOLD)  # s' = sigmoid(b z), 1 where linear
+        bend = torch.addcmul(slope, slope, slope, value=-1).mul_(self.b).mul_(a)  # s'' a, s'' = b (s' - s'^2)
+        kept[self] = slope, bend, z  # z's memory has room for s'' a dz: fresh memory costs as much as the product
+        return slope * a
+
+    def tangent(self, dz, kept):
+        slope, bend, bend_dz = kept[self]
+        torch.mul(bend, dz, out=bend_dz)
+        return dz.mul_(slope)
+
+    def tangent_backward(self, da, kept):
+        slope, _, bend_dz = kept[self]
+        return bend_dz.addcmul_(slope, da)
+
+
+class MaxPool(Layer):
+    """The maximum of each 2 x 2 square; linear near the images at hand, where it picks always the same pixels."""
+
+    def forward(self, x, kept):
+        y, picked = F.max_pool2d(x, 2, return_indices=True)
+        kept[self] = (x.shape[2:], picked)
+        return y
+
+    def tangent(self, dx, kept):
+        _, picked = kept[self]
+        return dx.flatten(2).gather(2, picked.flatten(2)).view(picked.shape)
+
+    def adjoint(self, a, kept):
+        size, picked = kept[self]
+        flat = a.new_zeros(*a.shape[:2], size.numel()).scatter_(2, picked.flatten(2), a.flatten(2))
+        return flat.view(*a.shape[:2], *size)
+
+
+class MeanPool(Layer):
+    """The mean over the pixels: (n, c, H, W) -> (n, c)."""
+
+    def forward(self, x, kept):
+        kept[self] = (x.shape[2:],)
+        return x.mean(dim=(2, 3))
+
+    def tangent(self, dx, kept):
+        return dx.mean(dim=(2, 3))
+
+    def adjoint(self, a, kept):
+        (size,) = kept[self]
+        return (a / size.numel())[:, :, None, None].expand(-1, -1, *size)
+
+
+class Flatten(Layer):
+    """(n, c, H, W) -> (n, c H W)."""
+
+    def forward(self, x, kept):
+        kept[self] = (x.shape[1:],)
+        return x.flatten(1)
+
+    def tangent(self, dx, kept):
+        return dx.flatten(1)
+
+    def adjoint(self, a, kept):
+        (shape,) = kept[self]
+        return a.view(-1, *shape)
+
+
+class Linear(Layer):
+    """x W' + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x, kept):
+        return F.linear(x, self.weight, self.bias)
+
+    def tangent(self, dx, kept):
+        return F.linear(dx, self.weight)
+
+    def adjoint(self, a, kept):
+        return a @ self.weight
+
+
+class Chain(Layer):
+    """One layer after the other."""
+
+    def __init__(self, *layers: Layer):
+        self.layers = layers
+
+    def forward(self, x, kept):
+        for layer in self.layers:
+            x = layer.forward(x, kept)
+        return x
+
+    def tangent(self, dx, kept):
+        for layer in self.layers:
+            dx = layer.tangent(dx, kept)
+        return dx
+
+    def backward(self, a, kept):
+        for layer in reversed(self.layers):
+            a = layer.backward(a, kept)
+        return a
+
+    def tangent_backward(self, da, kept):
+        for layer in reversed(self.layers):
+            da = layer.tangent_backward(da, kept)
+        return da
+
+
+class Residual(Layer):
+    """branch(x) + shortcut(x), the shortcut a layer or a factor."""
+
+    def __init__(self, branch: Layer, shortcut: Layer | float):
+        self.branch, self.shortcut = branch, shortcut
+
+    def _sum(self, method: str, x: Tensor, kept: Kept) -> Tensor:
+        y = getattr(self.branch, method)(x, kept)
+        if isinstance(self.shortcut, Layer):
+            return y.add_(getattr(self.shortcut, method)(x, kept))
+        return y.add_(x, alpha=self.shortcut)
+
+    def forward(self, x, kept):
+        return self._sum("forward", x, kept)
+
+    def tangent(self, dx, kept):
+        return self._sum("tangent", dx, kept)
+
+    def backward(self, a, kept):
+        return self._sum("backward", a, kept)
+
+    def tangent_backward(self, da, kept):
+        return self._sum("tangent_backward", da, kept)
+
+
+class NotFoldable(ValueError):
+    """The network has a part that folding does not know."""
+
+
+class FoldedNetwork:
+    """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes), layer by layer.
+
+    It holds constants only: folded again when the network's weights change.
+    """
+
+    def __init__(self, chain: Chain, dtype: torch.dtype):
+        self.chain, self.dtype = chain, dtype
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.chain.forward(images, {})
+
+
+def fold_conv_norm(pair: nn.Sequential, before: float = 1.0, after: float = 1.0) -> Convolution:
+    """x -> after * norm(conv(before * x)), spectral norm and BatchNorm's clip included, as one plain convolution."""
+    conv, norm = pair.conv, pair.norm
+    if type(conv) not in (nn.Conv2d, SpectralNormConv2d) or type(norm) not in (nn.BatchNorm2d, LipschitzBatchNorm2d):
+        raise NotFoldable(f"{type(conv).__name__} with {type(norm).__name__}")
+    scale = after * (norm.running_var + norm.eps).rsqrt()
+    if isinstance(norm, LipschitzBatchNorm2d):
+        scale = scale * norm.clip()
+    bias = scale * ((0 if conv.bias is None else conv.bias) - norm.running_mean)
+    if isinstance(conv, SpectralNormConv2d):
+        scale = scale / conv.spectral_norm().clamp_min(conv.EPS)
+    weight = before * scale.view(-1, 1, 1, 1) * conv.weight
+    # the layout in which a CPU convolves fastest; what it puts out has the same
+    layout = torch.channels_last if weight.device.type == "cpu" else torch.contiguous_format
+    return Convolution(weight.contiguous(memory_format=layout), bias, conv.stride, conv.padding)
+
+
+def fold_activation(activation: nn.Module) -> Softplus:
+    if type(activation) is CenteredSoftplus:
+        b = (activation.beta + activation.BETA_OFFSET).item()
+        return Softplus(b, math.log(2) / b)
+    if type(activation) is nn.Softplus and activation.threshold == Softplus.THRESHOLD:
+        return Softplus(activation.beta, 0.0)
+    raise NotFoldable(str(activation))
+
+
+def fold_resnet(model: ResNet) -> Chain:
+    root_half = math.sqrt(0.5)
+    layers: list[Layer] = [fold_conv_norm(model.stem), fold_activation(model.activation)]
+    for block in (block for stage in model.stages for block in stage):
+        # out = act((conv2(act(conv1(x / sqrt 2))) + shortcut(x / sqrt 2)) / 2)
+        conv1 = fold_conv_norm(block.conv1, before=root_half)
+        branch = Chain(conv1, fold_activation(block.activation1), fold_conv_norm(block.conv2, after=0.5))
+        if isinstance(block.shortcut, nn.Identity):
+            shortcut: Layer | float = root_half * 0.5
+        else:
+            shortcut = fold_conv_norm(block.shortcut, before=root_half, after=0.5)
+        layers += [Residual(branch, shortcut), fold_activation(block.activation2)]
+    return Chain(*layers, MeanPool(), Linear(model.classifier.weight, model.classifier.bias))
+
+
+def fold_vgg(model: VGG) -> Chain:
+    layers: list[Layer] = []
+    for module in model.features:
+        if isinstance(module, nn.MaxPool2d):
+            layers.append(MaxPool())
+        elif isinstance(module, nn.Sequential):
+            layers.append(fold_conv_norm(module))
+        else:
+            layers.append(fold_activation(module))
+    return Chain(*layers, Flatten(), Linear(model.classifier.weight, model.classifier.bias))
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> FoldedNetwork | None:
+    """A ResNet or VGG of ours, in eval mode, as a FoldedNetwork; None for any other network.
+
+    Networks that were changed after they were built (hooks, other layers, another forward) are other networks.
+    """
+    folders = {ResNet: fold_resnet, VGG: fold_vgg}
+    if type(model) not in folders or any(map(is_altered, model.modules())):
+        return None
+    try:
+        return FoldedNetwork(folders[type(model)](model), next(model.parameters()).dtype)
+    except NotFoldable:
+        return None
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling the module does something else than its class says."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    )

@@ -1,0 +1,179 @@
+"""Folded networks, and both ways to Hessian-vector products, against plain networks and dense Hessians in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.folding import fold
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+from models.model_selector import model_architecture
+from utils.curvature import measurable
+from utils.derivatives import (
+    DoubleBackwardHessian,
+    FoldedHessian,
+    cross_entropy,
+    cross_entropy_gradient,
+    cross_entropy_hessian_product,
+    input_hessian,
+)
+
+
+def lively(arch: str, input_size: int = 16, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A network of ours whose every constant differs from its initial value, BatchNorm clips both active and not."""
+    torch.manual_seed(0)
+    model = model_architecture[arch](5, input_size).to(dtype).eval()
+    with torch.no_grad():
+        for i, module in enumerate(model.modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 1.5).mul_(1e-3 if arch.endswith("lcnn") else 1)
+                module.running_mean.normal_(0, 0.02)
+            if isinstance(module, LipschitzBatchNorm2d):
+                module.log_gamma.fill_(4.0 if i % 2 else 2.0)  # s is about 0.02: clipped from gamma < 50 on
+            if isinstance(module, CenteredSoftplus):
+                module.log_beta.fill_(0.1 * i)
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                module.bias.normal_(0, 0.1)
+    return model
+
+
+def examples(n: int, dtype: torch.dtype = torch.float64, size: int = 16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, 3, size, size, dtype=dtype, generator=generator), torch.arange(n) % 5
+
+
+ARCHITECTURES = ["resnet18", "vgg11", "resnet18lcnn", "vgg11lcnn", "vgg11lowbeta"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_folded_network_is_the_network(arch):
+    """Its function, its gradient and its Hessian-vector products, while examples drop out of the batch."""
+    model = lively(arch)
+    folded = fold(model)
+    x, y = examples(5)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
+    with measurable(model, use_folding=False) as plain:
+        slow, fast = DoubleBackwardHessian(plain, x, y), FoldedHessian(folded, x, y)
+        assert isinstance(input_hessian(folded, x, y), FoldedHessian)
+        assert isinstance(input_hessian(plain, x, y), DoubleBackwardHessian)
+    for name in ("logits", "loss", "gradient"):
+        torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-8, atol=1e-12)
+    for keep in ([1, 0, 1, 1, 1], [0, 1, 0, 1], [1, 0]):  # examples drop out: one of five, two of four, one of two
+        v = torch.randn(len(keep), 3, 16, 16, dtype=torch.float64)
+        expected = slow.product(v)
+        torch.testing.assert_close(fast.product(v), expected, rtol=1e-7, atol=1e-9 * expected.abs().max().item())
+        for hessian in (slow, fast):
+            hessian.restrict(torch.tensor(keep, dtype=torch.bool))
+    v = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    alone = FoldedHessian(folded, x[2:3], y[2:3]).product(v)  # 0 2 3 4, then 2 4, then 2
+    torch.testing.assert_close(fast.product(v), alone, rtol=1e-7, atol=0)
+
+
+def test_strides_that_do_not_divide_the_image():
+    """15 x 15 images: behind the stride 2 a kernel reads the last row, at 16 x 16 it does not."""
+    model = lively("resnet18lcnn", input_size=15)
+    x, y = examples(2, size=15)
+    with measurable(model, use_folding=False) as plain:
+        slow, fast = DoubleBackwardHessian(plain, x, y), FoldedHessian(fold(model), x, y)
+    v = torch.randn_like(x)
+    torch.testing.assert_close(fast.gradient, slow.gradient, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(fast.product(v), slow.product(v), rtol=1e-7, atol=1e-10)
+
+
+def test_the_products_are_the_dense_hessian():
+    """Both against torch.autograd.functional.hessian of the unfolded network along 20 unit directions."""
+    model = lively("vgg11lcnn")
+    x, y = examples(1)
+    directions = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))[:20]
+    with measurable(model, use_folding=False) as plain:
+
+        def gradient_along(t):  # of the loss at x + t, t in the span of the directions
+            moved = x.flatten(1).index_add(1, directions, t[None]).view_as(x)
+            return F.cross_entropy(plain(moved), y)
+
+        dense = torch.autograd.functional.hessian(gradient_along, torch.zeros(20, dtype=torch.float64))
+        for hessian in (DoubleBackwardHessian(plain, x, y), FoldedHessian(fold(model), x, y)):
+            units = torch.zeros(20, x[0].numel(), dtype=torch.float64)
+            units[range(20), directions] = 1
+            columns = torch.cat([hessian.product(unit.view_as(x)).flatten(1)[:, directions] for unit in units])
+            torch.testing.assert_close(columns, dense, rtol=1e-7, atol=1e-9 * dense.abs().max().item())
+
+
+def test_folding_leaves_the_network_alone_and_knows_its_limits():
+    model = lively("resnet18lcnn").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with measurable(model) as network:
+        assert not isinstance(network, nn.Module)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert fold(nn.Sequential(nn.Conv2d(3, 4, 3))) is None
+    hooked = lively("vgg11lcnn")
+    handle = hooked.features[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert fold(hooked) is None
+    handle.remove()
+    assert fold(hooked) is not None
+    changed = lively("vgg11lcnn")
+    changed.features[1] = nn.Tanh()
+    assert fold(changed) is None
+
+
+LOGITS = torch.tensor([[0.3, -1.2, 2.0], [30.0, -5.0, 0.0], [-40.0, 0.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+LABELS = torch.tensor([1, 0, 0, 2])
+
+
+def test_the_cross_entropys_own_derivatives():
+    z = LOGITS.clone().requires_grad_()
+    torch.testing.assert_close(cross_entropy(LOGITS, LABELS), F.cross_entropy(z, LABELS, reduction="none"))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(z, LABELS, reduction="sum"), z, create_graph=True)
+    torch.testing.assert_close(cross_entropy_gradient(LOGITS, LABELS), gradient.detach(), rtol=1e-12, atol=1e-15)
+    v = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (product,) = torch.autograd.grad(gradient, z, v)
+    torch.testing.assert_close(cross_entropy_hessian_product(LOGITS, v), product, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 60.0])
+def test_a_confident_example_keeps_its_digits_in_float32(margin):
+    """torch's float32 cross-entropy has no gradient at all from a margin of 17 on."""
+    z = torch.tensor([[margin, 0.0, -1.0]], dtype=torch.float64)
+    y, v = torch.tensor([0]), torch.tensor([[0.2, -0.7, 0.4]], dtype=torch.float64)
+    others = torch.tensor([0.0, 1.0, torch.e**-1], dtype=torch.float64) * torch.tensor(-margin).double().exp()
+    p = others / (1 + others.sum())
+    p[0] = -p.sum()
+    for function, arguments, expected in (
+        (cross_entropy, (z, y), others.sum().log1p()[None]),
+        (cross_entropy_gradient, (z, y), p[None]),
+    ):
+        single = [a.float() if a.is_floating_point() else a for a in arguments]
+        torch.testing.assert_close(function(*single).double(), expected, rtol=1e-5, atol=0)
+    single = cross_entropy_hessian_product(z.float(), v.float()).double()
+    centered = v[0] - v[0, 0]  # H v = (diag p - p p') v by hand, relative to the certain class
+    q = torch.stack([1 / (1 + others.sum()), *p[1:]])
+    expected = q * (centered - (q * centered).sum())
+    torch.testing.assert_close(single, expected[None], rtol=1e-5, atol=0)
+
+
+def test_models_beyond_convolutions():
+    """Fused attention has no second derivative: the plain one is taken. In-place layers and images stay harmless."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 5)
+
+        def forward(self, x):
+            x.sub_(0.5)
+            tokens = x.flatten(2).transpose(1, 2)[:, None]
+            attended = F.scaled_dot_product_attention(tokens, tokens, tokens)
+            return self.linear(F.relu(attended.mean(dim=(1, 2)), inplace=True))
+
+    model = Attention().double()
+    x, y = examples(2, size=4)
+    before = x.clone()
+    hessian = DoubleBackwardHessian(model, x, y)
+    assert torch.equal(x, before)
+    assert not x.requires_grad
+    v, step = torch.randn_like(x), 1e-5
+    ahead, behind = (DoubleBackwardHessian(model, x + s * v, y).gradient for s in (step, -step))
+    # central differences: an error of step^2, and of eps / step = 1e-11 from rounding
+    torch.testing.assert_close(hessian.product(v), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-9)

@@ -1,0 +1,139 @@
+"""First and second derivatives of each example's cross-entropy with respect to its own pixels.
+
+``input_hessian(model, images, labels)`` prepares a batch, whatever the model; see ``InputHessian`` for what it offers.
+In eval mode examples do not mix, so the Hessian of the summed loss is block diagonal: one product serves every example.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.folding import FoldedNetwork, Kept
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) losses, relatively accurate however small: log(1 + sum over j != y of exp(z_j - z_y))."""
+    others = logits - logits.gather(1, labels[:, None])
+    return F.softplus(others.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1))
+
+
+def cross_entropy_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, classes) dl/dz = p - e_y, with p_y - 1 as minus the sum of the others.
+
+    The subtraction itself would leave a confident example with a few digits or with 0: in float32 p_y is 1 from a
+    margin of 17 on, while the other probabilities, and h and g which are proportional to them, are still accurate.
+    """
+    others = logits.softmax(dim=1).scatter(1, labels[:, None], 0.0)
+    return others.scatter(1, labels[:, None], -others.sum(dim=1, keepdim=True))
+
+
+def cross_entropy_hessian_product(logits: Tensor, dz: Tensor) -> Tensor:
+    """(N, classes) (diag(p) - p p') dz, free of cancellation: with dz relative to the most probable class."""
+    p = logits.softmax(dim=1)
+    dz = dz - dz.gather(1, p.argmax(dim=1, keepdim=True))
+    return p * (dz - (p * dz).sum(dim=1, keepdim=True))
+
+
+class CrossEntropyGradient(torch.autograd.Function):
+    """cross_entropy_gradient, differentiable once more through cross_entropy_hessian_product."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits)
+        return cross_entropy_gradient(logits, labels)
+
+    @staticmethod
+    def backward(ctx, dz):
+        (logits,) = ctx.saved_tensors
+        return cross_entropy_hessian_product(logits, dz), None
+
+
+class InputHessian(ABC):
+    """The Hessian H of each example's loss with respect to its pixels, as an operator.
+
+    Attributes:
+        logits: (N, classes).
+        loss: (N,) cross-entropies.
+        gradient: (N, ...) input gradients.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+    @abstractmethod
+    def product(self, v: Tensor) -> Tensor:
+        """(n, ...) H v, row by row for the examples at hand: all N, or those ``restrict`` left."""
+
+    @abstractmethod
+    def restrict(self, keep: Tensor) -> None:
+        """From now on work for the examples alone that the (n,) boolean mask keeps."""
+
+
+class DoubleBackwardHessian(InputHessian):
+    """For any model: the graph of the input gradient is kept, and differentiated once per product."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
+        self.model, self.images, self.labels = model, images, labels
+        self._build_graph()
+        self.logits, self.gradient = self._logits.detach(), self._gradient.detach()
+        self.loss = cross_entropy(self.logits, labels)
+
+    def _build_graph(self) -> None:
+        self._at = self.images.detach().clone().requires_grad_()
+        # fused attention has no second derivative; a clone, for models that begin with something in place
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            self._logits = self.model(self._at.clone())
+            residual = CrossEntropyGradient.apply(self._logits, self.labels)
+            (self._gradient,) = torch.autograd.grad(
+                self._logits, self._at, residual, create_graph=True, materialize_grads=True
+            )
+        self._rows = torch.arange(len(self.images), device=self.images.device)
+
+    def product(self, v):
+        if not self._gradient.requires_grad:  # logits that do not depend on the pixels
+            return torch.zeros_like(v)
+        if len(v) < len(self._at):
+            v = torch.zeros_like(self._at).index_copy_(0, self._rows, v)
+        (product,) = torch.autograd.grad(self._gradient, self._at, v, retain_graph=True, materialize_grads=True)
+        return product[self._rows]
+
+    def restrict(self, keep):
+        self.images, self.labels, self._rows = self.images[keep], self.labels[keep], self._rows[keep]
+        # a new graph costs about a product: worth it once a quarter of the old one is idle
+        if 0 < len(self._rows) <= 0.75 * len(self._at):
+            self._build_graph()
+
+
+class FoldedHessian(InputHessian):
+    """For our networks, folded: the derivatives written out in models/folding.py."""
+
+    @torch.no_grad()
+    def __init__(self, network: FoldedNetwork, images: Tensor, labels: Tensor):
+        self._chain = network.chain
+        self._kept: Kept = {}
+        self.logits = self._logits = self._chain.forward(images, self._kept)
+        self.loss = cross_entropy(self.logits, labels)
+        self.gradient = self._chain.backward(cross_entropy_gradient(self.logits, labels), self._kept)
+
+    @torch.no_grad()
+    def product(self, v):
+        dz = self._chain.tangent(v, self._kept)
+        return self._chain.tangent_backward(cross_entropy_hessian_product(self._logits, dz), self._kept)
+
+    def restrict(self, keep):
+        self._logits = self._logits[keep]
+        for layer, tensors in self._kept.items():
+            self._kept[layer] = tuple(t[keep] if isinstance(t, Tensor) else t for t in tensors)
+
+
+def input_hessian(model: nn.Module | FoldedNetwork, images: Tensor, labels: Tensor) -> InputHessian:
+    """The input Hessian of a batch of images (N, ...) with class indices (N,), in the fastest way the model allows.
+
+    The model is in eval mode, and its parameters do not require gradients.
+    """
+    kind = FoldedHessian if isinstance(model, FoldedNetwork) else DoubleBackwardHessian
+    return kind(model, images, labels)

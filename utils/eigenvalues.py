@@ -1,0 +1,208 @@
+"""Eigenvalues and traces of a batch of symmetric operators of which only products H v are to be had.
+
+One product of the batch serves every example, and every example has its own iteration: its own Krylov space, its own
+convergence. Those that have converged are taken out of the batch. Everything is relative: H and 1e-12 H take the same
+steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.derivatives import InputHessian
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """Of N operators, the k eigenvalues of largest magnitude, that first; on the operators' device and in its dtype.
+
+    An operator that is not finite has NaN.
+    """
+
+    values: Tensor  # (N, k) signed
+    residuals: Tensor  # (N, k) ||H u - lambda u|| / |lambda_1|, u the eigenvector found for lambda; 0 where H = 0
+    products: Tensor  # (N,) products H v spent
+
+
+def norms(x: Tensor) -> Tensor:
+    """(N, ...) -> (N,): the 2-norm of each row, at any scale: squares of very small numbers would be lost."""
+    x = x.flatten(1)
+    largest = x.abs().amax(dim=1, keepdim=True)
+    return torch.linalg.vector_norm(x / torch.where(largest > 0, largest, 1), dim=1) * largest[:, 0]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """(N, D): each row over its 2-norm; zero stays zero."""
+    norm = norms(x)[:, None]
+    return x / torch.where(norm > 0, norm, 1)
+
+
+class Record:
+    """The Eigenvalues of a batch while they are found, and which examples (rows) are still at work."""
+
+    def __init__(self, num_examples: int, k: int, tol: float, like: Tensor):
+        self.tol, self.like = tol, like
+        self.values = torch.full((num_examples, k), torch.nan, dtype=torch.float64)
+        self.residuals = self.values.clone()
+        self.products = torch.zeros(num_examples, dtype=torch.int64)
+        self.rows = torch.arange(num_examples)
+
+    def update(self, values: Tensor, residuals: Tensor) -> Tensor:
+        """Note the (n, k) results after one more product for the rows at work; which of those must go on, (n,)."""
+        self.values[self.rows], self.residuals[self.rows] = values, residuals
+        self.products[self.rows] += 1
+        go_on = (residuals > self.tol).any(dim=1)  # False for NaN: more products will not mend it
+        self.rows = self.rows[go_on]
+        return go_on
+
+    def eigenvalues(self) -> Eigenvalues:
+        return Eigenvalues(self.values.to(self.like), self.residuals.to(self.like), self.products.to(self.like.device))
+
+
+def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol: float, k: int = 1) -> Eigenvalues:
+    """The eigenvalue of largest magnitude by power iteration u <- H u / ||H u||, the paper's method.
+
+    Its magnitude is ||H u||, which is at most ||H|| and closer to it than the Rayleigh quotient |u'Hu|: an indefinite H
+    (eigenvalues of both signs) can make that far too small. Its sign is that of u'Hu.
+
+    Args:
+        hessian: N operators.
+        start: (N, ...), the first u up to scale.
+        num_iterations: the most products to spend on an example.
+        tol: the residual at which an example is done.
+        k: must be 1.
+
+    Raises:
+        ValueError: if more than one eigenvalue is asked for.
+    """
+    if k != 1:
+        raise ValueError("the power method finds one eigenvalue; use method lanczos for more")
+    record = Record(len(start), 1, tol, start)
+    u = normalize(start.flatten(1))
+    for _ in range(num_iterations):
+        product = hessian.product(u.view(-1, *start.shape[1:])).flatten(1)
+        norm = norms(product)
+        value = torch.where((u * product).sum(dim=1) < 0, -norm, norm)
+        residual = norms(product - value[:, None] * u) / torch.where(norm > 0, norm, 1)
+        go_on = record.update(*(x.double().cpu()[:, None] for x in (value, residual))).to(u.device)
+        if not go_on.any():
+            break
+        u = normalize(product)
+        if not go_on.all():
+            hessian.restrict(go_on)
+            u = u[go_on]
+    return record.eigenvalues()
+
+
+def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: float, k: int = 1) -> Eigenvalues:
+    """The k eigenvalues of largest magnitude by the Lanczos method with full reorthogonalization.
+
+    After m products the basis Q of the Krylov space span(q, H q, ..., H^(m-1) q) has Q'HQ = T, tridiagonal, and
+    H Q = Q T + beta q_(m+1) e_m'. An eigenpair (theta, s) of T gives u = Q s with residual ||H u - theta u|| =
+    beta |s_m|: Parlett, "The Symmetric Eigenvalue Problem", chapter 13. These are the eigenvalues reported, except that
+    the first one's magnitude is the norm of T with the row beta e_m' below it. That is the largest ||H u|| of all unit
+    vectors in the Krylov space: at most ||H||, and never less than the power method finds there.
+
+    Equal eigenvalues count once until the whole Krylov space is exhausted, which then goes on from another start.
+
+    Args:
+        hessian: N operators.
+        start: (N, ...), the first q up to scale.
+        num_iterations: the most products to spend on an example.
+        tol: the residual at which an eigenvalue is good; an example is done when its k are.
+        k: how many eigenvalues, no more than H has.
+    """
+    shape, dimension = start.shape[1:], start[0].numel()
+    if k > dimension:
+        raise ValueError(f"asked for {k} eigenvalues of a Hessian that has {dimension}")
+    steps = min(num_iterations, dimension)
+    eps = torch.finfo(start.dtype).eps
+    record = Record(len(start), k, tol, start)
+    basis = start.new_empty(len(start), steps, dimension)  # row m is q_(m+1)
+    tridiagonal = torch.zeros(len(start), steps, steps, dtype=torch.float64)
+    scale = start.new_zeros(len(start))  # the largest ||H q|| so far
+    q = normalize(start.flatten(1))
+    for m in range(steps):
+        basis[:, m] = q
+        product = hessian.product(q.view(-1, *shape)).flatten(1)
+        alpha, scale = (product * q).sum(dim=1), torch.maximum(scale, norms(product))
+        rest = orthogonalize(product, basis[:, : m + 1])
+        beta = norms(rest)
+        exhausted = beta <= 10 * eps * scale  # rounding is all that is left
+        beta = torch.where(exhausted, 0, beta)
+
+        tridiagonal[:, m, m] = alpha.double().cpu()
+        last_beta = beta.double().cpu()
+        go_on = record.update(*ritz_values(tridiagonal[:, : m + 1, : m + 1], last_beta, k))
+        if m + 1 == steps or not go_on.any():
+            break
+        tridiagonal[:, m, m + 1] = tridiagonal[:, m + 1, m] = last_beta
+        q = rest / torch.where(exhausted, 1, beta)[:, None]
+        if exhausted.any():
+            generator = torch.Generator().manual_seed(m)
+            fresh = torch.randn(dimension, generator=generator, dtype=q.dtype).to(q.device).expand_as(q)
+            fresh = normalize(orthogonalize(fresh, basis[:, : m + 1]))
+            q = torch.where(exhausted[:, None], fresh, q)
+        if not go_on.all():
+            on_device = go_on.to(q.device)
+            hessian.restrict(on_device)
+            q, basis, scale, tridiagonal = q[on_device], basis[on_device], scale[on_device], tridiagonal[go_on]
+    return record.eigenvalues()
+
+
+def orthogonalize(x: Tensor, basis: Tensor) -> Tensor:
+    """(N, D) less its projection on the m orthonormal rows of basis (N, m, D); done twice, which is enough."""
+    for _ in range(2):
+        coefficients = torch.bmm(basis, x[:, :, None])
+        x = x - torch.bmm(basis.transpose(1, 2), coefficients)[:, :, 0]
+    return x
+
+
+def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(N, k) eigenvalues and relative residuals after m products, from T (N, m, m) and the last beta (N,).
+
+    NaN where T is not finite; where m < k, NaN with an infinite residual for those not found yet.
+    """
+    finite = tridiagonal.isfinite().flatten(1).all(dim=1) & beta.isfinite()
+    tridiagonal = torch.where(finite[:, None, None], tridiagonal, 0)
+    beta = torch.where(finite, beta, 0)
+    theta, s = torch.linalg.eigh(tridiagonal)
+    order = theta.abs().argsort(dim=1, descending=True)[:, :k]
+    value = theta.gather(1, order)
+    residual = beta[:, None] * s[:, -1].abs().gather(1, order)
+
+    last_row = F.pad(beta[:, None, None], (tridiagonal.shape[1] - 1, 0))
+    norm = torch.linalg.matrix_norm(torch.cat([tridiagonal, last_row], dim=1), ord=2)
+    residual[:, 0] = torch.hypot(residual[:, 0], norm - value[:, 0].abs())  # of the value reported
+    value[:, 0] = torch.where(value[:, 0] < 0, -norm, norm)
+
+    residual = residual / torch.where(norm > 0, norm, 1)[:, None]
+    missing = (0, k - value.shape[1])
+    value, residual = F.pad(value, missing, value=torch.nan), F.pad(residual, missing, value=torch.inf)
+    value[~finite] = residual[~finite] = torch.nan
+    return value, residual
+
+
+def hutchinson_trace(hessian: InputHessian, num_probes: int, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Each operator's trace as the mean of v'Hv over random signs v (Hutchinson, 1990), and its standard error.
+
+    Args:
+        hessian: N operators, none restricted yet.
+        num_probes: products to spend on each; 2 or more for a standard error, which otherwise is NaN.
+        draw: gives (N, ...) entries of +1 or -1.
+
+    Returns:
+        (N,) and (N,).
+    """
+    samples = []
+    for _ in range(num_probes):
+        v = draw()
+        samples.append((v * hessian.product(v)).flatten(1).sum(dim=1))
+    samples = torch.stack(samples)
+    return samples.mean(dim=0), samples.std(dim=0) / num_probes**0.5
+
+
+methods = {"lanczos": lanczos, "power": power_method}
