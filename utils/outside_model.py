@@ -1,0 +1,147 @@
+"""Models this project did not build: named as "package.module:callable", with weights in a plain state_dict."""
+
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UsageError, UserError, one_line
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
+PARALLEL = "module."  # DataParallel's prefix to every key
+
+
+def is_outside(model_arch: str) -> bool:
+    """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures."""
+    return ":" in model_arch
+
+
+def import_callable(model_arch: str) -> Callable[..., nn.Module]:
+    """What "package.module:callable" names; the module may be a file in the current directory.
+
+    Raises:
+        UsageError: if the module cannot be imported, has no such attribute, or that is not something to call.
+    """
+    module_name, _, attribute = model_arch.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # and it stays: the callable may import more from there
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # it is the user's code: it may raise anything, or be a script that exits
+        raise UsageError(
+            f"{model_arch}: cannot import {module_name!r} ({one_line(error)}); "
+            "give package.module:callable, installed or in the current directory"
+        ) from error
+    try:
+        builder = attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise UsageError(
+            f"{model_arch}: {module_name} has no {attribute!r}; name a function that returns it"
+        ) from error
+    if isinstance(builder, nn.Module) or not callable(builder):  # a module is callable, but on images
+        raise UsageError(
+            f"{model_arch}: of type {type(builder).__name__}, not a function; name a function that returns the model"
+        )
+    return builder
+
+
+def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
+    """builder(num_classes=num_classes) if it has such a parameter or takes any keyword, else builder()."""
+    try:
+        parameters = inspect.signature(builder).parameters
+    except (TypeError, ValueError):  # compiled code may not tell its signature
+        parameters = {}
+    named = parameters.get("num_classes")
+    if named is not None and named.kind in (named.KEYWORD_ONLY, named.POSITIONAL_OR_KEYWORD):
+        return builder(num_classes=num_classes)
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        try:
+            return builder(num_classes=num_classes)
+        except TypeError:  # it hands its keywords on to something that has no num_classes
+            return builder()
+    return builder()
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state_dict in a file, bare or under one of ``WRAPPERS``.
+
+    Raises:
+        UserError: if there is no such file, it is damaged, or it holds no state_dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    remedy = "save it with torch.save(model.state_dict(), file)"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        raise UserError(
+            f"{path}: not readable weights: truncated, damaged, or not plain tensors ({type(error).__name__}); {remedy}"
+        ) from error
+    if isinstance(content, dict):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
+        raise UserError(f"{path}: holds no state_dict; {remedy}")
+    return content
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy a state_dict into the model, whose floating point dtype becomes the state_dict's (its widest).
+
+    Raises:
+        RuntimeError, TypeError: if a key is missing, left over, or has another shape or an impossible dtype.
+    """
+    if all(key.startswith(PARALLEL) for key in state) and not state.keys() & model.state_dict().keys():
+        state = {key.removeprefix(PARALLEL): value for key, value in state.items()}
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if dtypes:
+        model.to(functools.reduce(torch.promote_types, dtypes))
+    model.load_state_dict(state)
+
+
+def build_outside_model(model_arch: str, path: str | Path | None, num_classes: int) -> nn.Module:
+    """Call what model_arch names, and load the weights at path into the model it returns.
+
+    Args:
+        model_arch: "package.module:callable"; the module is installed or a file in the current directory.
+        path: a file with the model's state_dict, bare or wrapped as training scripts do; None if the callable
+            returns the model with its weights.
+        num_classes: passed to the callable if it has such a parameter.
+
+    Returns:
+        The model in eval mode, in the dtype of its weights.
+
+    Raises:
+        UsageError: if model_arch names nothing that can be called, or that returns no nn.Module.
+        UserError: if the callable fails, the file is missing or damaged, or its weights do not fit the model.
+    """
+    builder = import_callable(model_arch)
+    try:
+        model = call_with_num_classes(builder, num_classes)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{model_arch}: failed to build the model ({one_line(error)}); mend the function") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
+    if path is not None:
+        state = read_state_dict(path)
+        try:
+            load_weights(model, state)
+        except Exception as error:  # the model's own code runs here, too
+            raise UserError(
+                f"{path}: the weights do not fit {model_arch} with {num_classes} classes ({one_line(error)}); "
+                "give the model or the data set they were trained for"
+            ) from error
+    return model.eval()

@@ -1,0 +1,204 @@
+"""What must hold for a model's curvature to mean anything, checked on a few images before any number is reported.
+
+The curvature of an example is that of its own cross-entropy: the model must map pixels in [0, 1] to finite logits,
+one row per image, the same row each time and whatever else is in the batch, and differentiably so.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from utils.curvature import frozen_in_eval
+from utils.errors import UserError, one_line
+
+RTOL = 1e-4  # of the largest logit: what the order of a sum, which varies on a GPU, may change
+TF32_EPS = 2**-10
+Calls = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]  # (layer, its how many-th call): inputs and outputs
+
+
+def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
+    """Refuse a model whose curvature would be meaningless or could not be computed.
+
+    Args:
+        model: maps images to logits; it is tried in eval mode and left as it was found.
+        images: (N, 3, H, W), N >= 1, a few of the data set in the model's dtype, on its device, left unchanged. With
+            N = 1 whether examples mix cannot be told.
+        num_classes: the data set's.
+        name: what to call the model in messages.
+
+    Raises:
+        UserError: naming the model, what is wrong and the remedy.
+    """
+    check_images(images, name)
+    with frozen_in_eval(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # as it will be measured
+        logits = forward(model, images, num_classes, name)
+        check_values(logits, name)
+        check_repeatable(model, images, logits, name)
+        check_independent(model, images, logits, name)
+        check_differentiable(model, images, num_classes, name)
+
+
+def check_images(images: Tensor, name: str) -> None:
+    """Refuse pixels that are already normalized, 8 bit, or not finite."""
+    low, high = float(images.min()), float(images.max())
+    if not (images.is_floating_point() and low >= 0 and high <= 1):  # a NaN among them is refused, too
+        raise UserError(
+            f"{name}: the images are {images.dtype} from {low:.3g} to {high:.3g}; give floating point pixels in [0, 1] "
+            "and put any normalization inside the model"
+        )
+
+
+def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:
+    """The logits (N, num_classes) of a copy of the images: a model may well change its input in place."""
+    shape = tuple(images.shape)
+    try:
+        logits = model(images.clone())
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(
+            f"{name}: fails on images of shape {shape} ({one_line(error)}); mend it or give images of its size"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise UserError(f"{name}: gives a {type(logits).__name__}; return the tensor of logits alone")
+    found, expected = tuple(logits.shape), (len(images), num_classes)
+    if len(found) == 2 and found[0] == len(images) and found != expected:
+        raise UserError(
+            f"{name}: gives {found[1]} logits, the data set has {num_classes} classes; "
+            "give the data set it was trained on"
+        )
+    if found != expected or not logits.is_floating_point():
+        raise UserError(
+            f"{name}: gives {logits.dtype} {found} for images of shape {shape}; return floating point logits {expected}"
+        )
+    return logits
+
+
+def check_values(logits: Tensor, name: str) -> None:
+    """Refuse values that are not finite, and probabilities; log-probabilities have the logits' cross-entropy."""
+    if not logits.isfinite().all():
+        raise UserError(f"{name}: its logits are not all finite; check its weights and its dtype")
+    sums = logits.float().sum(dim=1)
+    if logits.shape[1] > 1 and logits.min() >= 0 and logits.max() <= 1 and ((sums - 1).abs() <= 1e-4).all():
+        raise UserError(f"{name}: gives probabilities, not logits; leave its softmax out")
+
+
+def check_repeatable(model: nn.Module, images: Tensor, logits: Tensor, name: str) -> None:
+    """Refuse a model that is random in eval: its derivatives would be those of another function each time."""
+    if not same(logits, forward(model, images, logits.shape[1], name), RTOL):
+        layer = first_difference(record_calls(model, images[:2]), record_calls(model, images[:2]), RTOL)
+        raise UserError(
+            f"{name}: random in eval: {layer} gives two answers to the same input; make it deterministic in eval"
+        )
+
+
+def check_independent(model: nn.Module, images: Tensor, logits: Tensor, name: str) -> None:
+    """Refuse a model that mixes examples: the Hessian of one's loss would depend on the others."""
+    alone = [forward(model, image, logits.shape[1], name) for image in images.split(1)]
+    # another batch size may mean another algorithm, which in low precision rounds differently from RTOL on
+    tf32 = images.is_cuda and images.dtype == torch.float32  # convolutions on a GPU, unless the user has forbidden it
+    rtol = max(RTOL, 16 * (TF32_EPS if tf32 else torch.finfo(images.dtype).eps))
+    if not same(logits, torch.cat(alone), rtol):
+        layer = first_difference(record_calls(model, images[:2]), record_calls(model, images[:1]), rtol)
+        raise UserError(
+            f"{name}: mixes examples: {layer} gives an image alone another answer than in a batch; "
+            "treat each image by itself in eval (a BatchNorm needs its running statistics)"
+        )
+
+
+def check_differentiable(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
+    """Refuse a model whose logits have no gradient with respect to the pixels, or cannot be differentiated twice."""
+    pixels = images.detach().clone().requires_grad_()
+    weights = torch.linspace(1, 2, num_classes, dtype=images.dtype, device=images.device)
+    with torch.enable_grad():
+        logits = forward(model, pixels, num_classes, name)
+        # a function of the logits that, unlike the cross-entropy, is never flat where the model is sure of its answer;
+        # weighted, as models may well fix the sum of their logits; squared, so that autograd needs all it needs later
+        objective = (logits.to(images.dtype) @ weights).square()
+        gradient = None
+        try:
+            if objective.requires_grad:
+                (gradient,) = torch.autograd.grad(objective.sum(), pixels, create_graph=True, allow_unused=True)
+            if gradient is not None and gradient.requires_grad:
+                # not grad(), which leaves out in silence what comes through a once_differentiable function
+                gradient.sum().backward()
+        except Exception as error:
+            raise UserError(
+                f"{name}: cannot be differentiated twice ({one_line(error)}); use layers that can"
+            ) from error
+    if gradient is None or not gradient.any():
+        raise UserError(
+            f"{name}: its logits do not depend differentiably on the pixels; "
+            "remove any no_grad, detach or rounding from its forward"
+        )
+
+
+def same(a: Tensor, b: Tensor, rtol: float) -> bool:
+    """Whether two tensors have the same shape and agree to rtol of b's largest entry in magnitude."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.float(), b.float()
+    scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0
+    return torch.allclose(a, b, rtol=0, atol=rtol * scale, equal_nan=True)
+
+
+# which layer is to blame
+
+
+def tensors(value) -> Iterator[Tensor]:
+    """Copies of the tensors and floats in nested tuples, lists and dicts: a later layer may work in place."""
+    if isinstance(value, (Tensor, float)):
+        yield torch.as_tensor(value).detach().clone()
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
+def record_calls(model: nn.Module, images: Tensor) -> Calls:
+    """Run the model, and note every layer's inputs and outputs, call by call, in order of completion."""
+    calls: Calls = {}
+    counts = Counter()
+    entered = []  # the inputs of the calls under way: the innermost is the last
+
+    def watch(layer: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        def enter(module, args, kwargs):
+            entered.append(list(tensors((args, kwargs))))
+
+        def leave(module, args, kwargs, output):
+            calls[layer, counts[layer]] = entered.pop(), list(tensors(output))
+            counts[layer] += 1
+
+        return [
+            # before the user's own hooks, which belong to the layer
+            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        ]
+
+    handles = []
+    try:
+        for path, module in model.named_modules():
+            kind = type(module).__name__
+            handles += watch(f"layer {path} ({kind})" if path else f"the model's own forward ({kind})", module)
+        model(images.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def first_difference(one: Calls, other: Calls, rtol: float) -> str:
+    """The first layer to complete a call with equal inputs and different outputs: the innermost that is to blame.
+
+    Of a larger batch in ``one``, the leading part of each tensor is compared with its counterpart in ``other``.
+    """
+
+    def agree(many: list[Tensor], few: list[Tensor]) -> bool:
+        return len(many) == len(few) and all(
+            a.ndim == b.ndim and same(a[tuple(map(slice, b.shape))], b, rtol) for a, b in zip(many, few, strict=True)
+        )
+
+    for key, (inputs, outputs) in one.items():
+        if key in other and agree(inputs, other[key][0]) and not agree(outputs, other[key][1]):
+            return key[0]
+    return "some layer"  # a difference that two more runs did not show
