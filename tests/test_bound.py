@@ -1,0 +1,267 @@
+"""The layer table against sums by hand and against the networks' true derivatives."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.bound import LayerRow, LayerTable, format_layers, layer_table
+from models.layers import LCNN, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.model_selector import model_architecture
+from models.resnet import ResNet
+from utils.plots import plot_layers
+
+
+def of_type(model: nn.Module, layer_type: type) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, layer_type))
+
+
+def build(name: str, input_size: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    return model_architecture[name](10, input_size)
+
+
+def small_resnet(input_size: int = 8) -> ResNet:
+    """A stem, a block with an identity as its shortcut and three with a convolution."""
+    torch.manual_seed(0)
+    return ResNet(LCNN, (1, 1, 1, 1), 10, input_size)
+
+
+def set_all(model: nn.Module, beta: float, gamma: float, variance: float) -> None:
+    for activation in of_type(model, CenteredSoftplus):
+        activation.log_beta.data.fill_(math.log(beta))
+    for norm in of_type(model, LipschitzBatchNorm2d):
+        norm.log_gamma.data.fill_(math.log(gamma))
+        norm.running_var.fill_(variance - norm.eps)
+
+
+# 2 clips (own constant 5), 0.5 clips below 1, where a shortcut's identity is the larger path; 9 does not clip
+@pytest.mark.parametrize(("gamma", "constant"), [(2.0, 2.0), (0.5, 0.5), (9.0, 5.0)])
+def test_closed_form_of_a_resnet_with_equal_layers(gamma, constant):
+    model = build("resnet18lcnn")
+    set_all(model, beta=3.0, gamma=gamma, variance=0.04)
+    table = layer_table(model)
+    # sixteen activations in four stages of four; a stage is two blocks, the first with a convolution as its shortcut
+    # in all but the first stage, and a block halves the energy (sqrt 2 of the norm)
+    expected, power_of_root_two, start = 64 * 16 * 16 * constant, 0, constant
+    for stage, dimension in enumerate((64 * 256, 128 * 64, 256 * 16, 512 * 4)):
+        for block in range(2):
+            power_of_root_two += 1
+            shortcut = constant if stage > 0 and block == 0 else 1
+            end = start * max(constant * constant, shortcut)
+            expected += dimension * (start * constant + end) / 2 ** (power_of_root_two / 2)
+            start = end
+    expected *= 3.001
+    weight = model.eval().classifier.weight.detach().double()
+    logits = start / 2**4 / math.sqrt(4) * torch.linalg.svdvals(weight)[0].item()  # 2 x 2 pixels are pooled
+    expected += math.sqrt(2) * math.sqrt(2) * logits
+    assert table.bound == pytest.approx(expected, rel=1e-5)  # gamma, beta and the variance are kept in float32
+    assert all(row.clipped == (gamma < 5) for row in table.rows if row.gamma is not None)
+
+
+def test_closed_form_of_a_vgg_with_equal_layers():
+    model = build("vgg11lcnn")
+    set_all(model, beta=3.0, gamma=2.0, variance=0.04)
+    with torch.no_grad():
+        model.classifier.weight.copy_(7 * torch.eye(10, 512))  # of norm 7
+    dimensions = [64 * 256] * 2 + [128 * 64] * 2 + [256 * 16] * 2 + [512 * 4] * 2 + [512] * 2
+    expected = 3.001 * sum(n * 2**i for i, n in enumerate(dimensions, start=1)) + 2 * 7 * 2**10
+    table = layer_table(model)
+    assert table.bound == pytest.approx(expected, rel=1e-5)
+    assert table.rows[-1].lipschitz == pytest.approx(math.sqrt(2) * 7 * 2**10, rel=1e-5)
+
+
+def test_every_number_of_a_small_resnet_by_hand():
+    model = small_resnet()
+    root = math.sqrt(2)
+    # each block: the larger path's constant (here the branch's) over sqrt 2
+    ends = [0.5]
+    for path in (2 * 2.5, 4 * 6, 6.5 * 8.5, 10 * 12):
+        ends.append(ends[-1] * path / root)
+    # row, what feeds its activation, the BatchNorm's constant, the constant from the input on, dimension
+    expected = [
+        ("activation", "stem", 0.5, ends[0], 64 * 64),
+        ("stages.0.0.activation1", "stages.0.0.conv1", 2, ends[0] * 2 / root, 64 * 64),
+        ("stages.0.0.activation2", "stages.0.0.conv2", 2.5, ends[1], 64 * 64),
+        ("stages.1.0.activation1", "stages.1.0.conv1", 4, ends[1] * 4 / root, 128 * 16),
+        ("stages.1.0.shortcut", "stages.1.0.shortcut", 4.5, ends[1] * 4.5 / root, 128 * 16),
+        ("stages.1.0.activation2", "stages.1.0.conv2", 6, ends[2], 128 * 16),
+        ("stages.2.0.activation1", "stages.2.0.conv1", 6.5, ends[2] * 6.5 / root, 256 * 4),
+        ("stages.2.0.shortcut", "stages.2.0.shortcut", 8, ends[2] * 8 / root, 256 * 4),
+        ("stages.2.0.activation2", "stages.2.0.conv2", 8.5, ends[3], 256 * 4),
+        ("stages.3.0.activation1", "stages.3.0.conv1", 10, ends[3] * 10 / root, 512),
+        ("stages.3.0.shortcut", "stages.3.0.shortcut", 10.5, ends[3] * 10.5 / root, 512),
+        ("stages.3.0.activation2", "stages.3.0.conv2", 12, ends[4], 512),
+    ]
+    for i, (name, feeding, constant, _, _) in enumerate(expected, start=1):
+        conv, norm = model.get_submodule(feeding)
+        # i times the identity; of norm i also where a stride skips pixels
+        nn.init.dirac_(conv.weight).data.mul_(i)
+        conv.power_iteration(10)
+        norm.running_var.fill_(1.0)
+        norm.running_var[1] = 1 / i**2 - norm.eps  # the smallest: i is the BatchNorm's own constant
+        norm.log_gamma.data.fill_(math.log(i + 0.5 if constant == i else constant))
+        if "shortcut" not in name:
+            model.get_submodule(name).log_beta.data.fill_(math.log(10 * i))
+
+    table = layer_table(model)
+    assert [row.name for row in table.rows] == [name for name, *_ in expected] + ["classifier", "cross-entropy"]
+    for i, (row, (name, _, constant, lipschitz, n)) in enumerate(zip(table.rows, expected, strict=False), start=1):
+        assert row.clipped == (constant < i)
+        assert row.gamma == pytest.approx(constant if row.clipped else i + 0.5)
+        assert row.spectral_norm == pytest.approx(i)
+        assert row.clip == pytest.approx(constant / i)
+        assert row.norm_lipschitz == pytest.approx(constant, rel=1e-5)  # the variance is kept in float32
+        assert row.lipschitz == pytest.approx(lipschitz, rel=1e-5)
+        assert row.n == n
+        if "shortcut" in name:
+            assert row.beta is None
+            assert row.term is None
+        else:
+            assert row.beta == pytest.approx(10 * i)
+            assert row.term == pytest.approx(n * (10 * i + 1e-3) * lipschitz, rel=1e-5)
+    classifier, cross_entropy = table.rows[-2:]
+    assert classifier == LayerRow("classifier", classifier.lipschitz, n=10)
+    assert cross_entropy.lipschitz == pytest.approx(classifier.lipschitz * root)
+    assert table.bound == pytest.approx(sum(row.term or 0 for row in table.rows))
+
+
+def outputs_by_row(model: nn.Module, labels: torch.Tensor):
+    """The function x -> {row name: that layer's output}, the loss of one image under "cross-entropy"."""
+    names = {row.name for row in layer_table(model).rows}
+    seen = {}
+    for name, module in model.named_modules():
+        if name in names:
+            module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
+
+    def function(x):
+        seen.clear()
+        loss = F.cross_entropy(model(x), labels, reduction="sum")
+        return {**seen, "cross-entropy": loss}
+
+    return function
+
+
+@pytest.mark.parametrize("name", ["small", "vgg11lcnn"])
+def test_lipschitz_constants_bound_the_derivatives(name):
+    model = small_resnet() if name == "small" else build(name)
+    generator = torch.Generator().manual_seed(1)
+    for norm in of_type(model, LipschitzBatchNorm2d):
+        norm.running_var.uniform_(0.2, 1, generator=generator)
+        norm.log_gamma.data.uniform_(0, 1.2, generator=generator)  # clips some
+    for conv in of_type(model, SpectralNormConv2d):
+        conv.power_iteration(100)
+    model.double().eval()
+    table = layer_table(model)
+    size = model.get_submodule("stem" if hasattr(model, "stem") else "features.0").conv.input_size
+    function = outputs_by_row(model, torch.tensor([3]))
+    for scale in (1, 30):  # far from the origin the activations are nearly linear, with slope 0 or 1
+        x = scale * torch.randn(1, 3, *size, dtype=torch.float64, generator=generator)
+        tangent = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+        _, derivatives = torch.func.jvp(function, (x,), (tangent / tangent.norm(),))
+        assert set(derivatives) == {row.name for row in table.rows}
+        for row in table.rows:
+            assert derivatives[row.name].numel() == row.n
+            # the power iteration finds sigma to a few parts in a thousand, from below, in each of up to ten layers
+            assert derivatives[row.name].norm().item() <= row.lipschitz * 1.05, row.name
+
+
+@pytest.mark.parametrize("name", ["small", "vgg11lcnn"])
+def test_lipschitz_constants_are_reached_where_the_network_is_linear(name):
+    """Random directions stay far below the constants; here no smaller ones would do, up to the logits."""
+    model = small_resnet(16) if name == "small" else build(name)
+    set_all(model, beta=50.0, gamma=2.0, variance=0.04)
+    for conv in of_type(model, SpectralNormConv2d):
+        nn.init.dirac_(conv.weight)
+        conv.power_iteration(10)
+    for norm in of_type(model, LipschitzBatchNorm2d):
+        norm.running_mean.fill_(-100.0)  # every unit is far on the activation's positive side, with slope 1
+    if name == "small":  # the paths of a block agree: 2 * 0.5 and the identity's 1, 2 * 2 and the convolution's 4
+        model.stages[0][0].conv2.norm.log_gamma.data.fill_(math.log(0.5))
+        for stage in model.stages[1:]:
+            stage[0].shortcut.norm.log_gamma.data.fill_(math.log(4))
+    with torch.no_grad():
+        weight = model.classifier.parametrizations.weight.original if name == "small" else model.classifier.weight
+        weight.copy_(torch.eye(*weight.shape))
+    model.double().eval()
+    # the pixels that every stride keeps, and every pooling since they are the largest
+    x = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    step = 8 if name == "small" else 16
+    x[:, :, ::step, ::step] = 1
+    _, derivatives = torch.func.jvp(outputs_by_row(model, torch.tensor([3])), (x,), (x / x.norm(),))
+    for row in layer_table(model).rows[:-1]:
+        assert derivatives[row.name].norm().item() == pytest.approx(row.lipschitz, rel=1e-5), row.name
+
+
+def test_the_classifiers_norm_is_that_of_the_weight_in_use():
+    model = small_resnet().eval()
+    with torch.no_grad():  # the power iteration lags behind, as after a large step
+        model.classifier.parametrizations.weight.original.add_(torch.randn(10, 512))
+    norm = torch.linalg.svdvals(model.classifier.weight.detach())[0].item()
+    assert abs(norm - 1) > 0.01
+    *_, last, classifier, _ = layer_table(model).rows
+    assert classifier.lipschitz == pytest.approx(last.lipschitz * norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "activations", "shortcuts"), [("resnet18lcnn", 17, 3), ("resnet34lcnn", 33, 3), ("vgg11lcnn", 10, 0)]
+)
+def test_rows_follow_the_network_and_leave_it_alone(name, activations, shortcuts):
+    model = build(name).train()
+    next(of_type(model, SpectralNormConv2d)).eval()  # mixed modes
+    modes = [module.training for module in model.modules()]
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    table = layer_table(model)
+    assert len(table.rows) == activations + shortcuts + 2
+    assert [row.name for row in table.rows if row.beta is not None] == [
+        name for name, module in model.named_modules() if isinstance(module, CenteredSoftplus)
+    ]
+    assert [module.training for module in model.modules()] == modes
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert table == layer_table(model.eval())  # what training mode would read is not what is reported
+    text = format_layers(table)
+    assert len(text.splitlines()) == len(table.rows) + 2
+    assert max(map(len, text.splitlines())) <= 110
+    assert math.isfinite(table.bound)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11lowbeta"])
+def test_refuses_other_networks(name):
+    with pytest.raises(ValueError, match="not a low-curvature network"):
+        layer_table(build(name))
+    with pytest.raises(ValueError, match="Sequential"):
+        layer_table(nn.Sequential(SpectralNormConv2d(3, 4, 3), LipschitzBatchNorm2d(4), CenteredSoftplus()))
+
+
+def test_format():
+    norm = {"gamma": 2.0, "spectral_norm": 3.25, "norm_lipschitz": 2.0}
+    rows = (
+        LayerRow("activation", 2.0, **norm, clip=0.4, beta=5.0, n=100, term=1000.2),
+        LayerRow("shortcut", 1e9, **norm, clip=1.0, n=100),
+        LayerRow("cross-entropy", 3.0, n=1, term=4.24),
+    )
+    table = LayerTable(rows)
+    header, *lines, bound = format_layers(table, 4.5612).splitlines()
+    assert header.split() == ["layer", "beta", "gamma", "conv", "norm", "clip", "Lip", "BN", "Lip", "n", "term"]
+    assert lines[0].split() == ["activation", "5", "2", "3.25", "0.4", "2", "2", "100", "1e+03"]
+    assert lines[1].split() == ["shortcut", "-", "2", "3.25", "off", "2", "1e+09", "100", "-"]
+    assert lines[2].split() == ["cross-entropy", "-", "-", "-", "-", "-", "3", "1", "4.24"]
+    assert {len(line) for line in lines} == {len(header)}
+    assert bound == "bound 1e+03; largest measured curvature 4.56"
+    assert format_layers(table, None).splitlines()[-1] == "bound 1e+03"
+
+
+def test_plot(tmp_path):
+    resnet, vgg = (layer_table(build(name)) for name in ("resnet18lcnn", "vgg11lcnn"))
+    for tables in ([("one", resnet)], [("one", resnet), ("two", vgg)]):
+        path = tmp_path / f"{len(tables)}.png"
+        plot_layers(path, tables)
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG")
+        width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+        assert (width, height) == (1080, 432 * len(tables))
