@@ -2,46 +2,65 @@
 
     python estimate_curvature.py --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
 
-Several files are measured on the same examples and compared side by side. From Python:
+Several files are measured on the same examples and compared side by side. Models of other projects:
+
+    python estimate_curvature.py --model-arch my_models:wideresnet --model-filename weights.pt --dataset cifar10
+
+From Python:
 
     from estimate_curvature import estimate_curvature
 """
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.datasets import ImageData, datasets, load_dataset
+from data.datasets import datasets
+from models.bound import format_layers, layer_table
 from models.model_selector import model_architecture
-from utils import cli
-from utils.checkpoint import build_model, check_architecture, read_checkpoint
+from utils import cli, distributed
 from utils.curvature import estimate_curvature as estimate_curvature  # part of this module's interface
+from utils.curvature import measurable
+from utils.eigenvalues import methods
 from utils.errors import UsageError, UserError
-from utils.measurement import (
+from utils.measurement import as_measurement, choose_examples, measure_accuracy, measure_split
+from utils.outside_model import is_outside
+from utils.plots import plot_layers, plot_measurements
+from utils.results import (
     Measurement,
-    choose_examples,
     comparison_table,
     format_measurement,
-    labelled_curvatures,
-    measure_split,
+    model_names,
+    read_measurements,
     write_measurements,
 )
-from utils.plots import plot_curvature
-from utils.training import evaluate
+from utils.subjects import DEFAULT_DATASET, Subject, load_subjects
 
-DEFAULT_DATASET = "cifar100"  # for the reference's checkpoints, which do not name theirs
+
+def architecture(text: str) -> str:
+    """An argparse type: one of ours by name, or package.module:callable."""
+    if text not in model_architecture and not is_outside(text):
+        ours = ", ".join(model_architecture)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {ours}")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="estimate_curvature.py", description=__doc__.splitlines()[0])
 
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--model-filename", nargs="+", required=True, metavar="FILE", help="checkpoints to measure")
-    what.add_argument("--model-arch", choices=model_architecture, help="checked against the checkpoint, if given")
+    what.add_argument("--model-filename", nargs="+", metavar="FILE", default=[], help="checkpoints, or state_dicts")
+    what.add_argument(
+        "--model-arch",
+        type=architecture,
+        metavar="NAME",
+        help="for a checkpoint of ours a check; for any other model package.module:callable, which makes the network",
+    )
     what.add_argument(
         "--dataset",
         choices=datasets,
@@ -49,98 +68,165 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--data-dir", help="where the data set's files are (default: as in training, else datasets)")
     what.add_argument("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
-    what.add_argument("--data-fraction", type=cli.fraction, default=0.1, help="of each split; a seeded random subset")
+    what.add_argument(
+        "--image-size", type=cli.positive_int, help="for a package.module:callable (default: the data set's)"
+    )
+    what.add_argument("--split", choices=("train", "test", "both"), default="both", help="which examples")
+    how_many = what.add_mutually_exclusive_group()
+    how_many.add_argument("--data-fraction", type=cli.fraction, default=0.1, help="of each split; a random subset")
+    how_many.add_argument("--num-samples", type=cli.positive_int, help="of each split, instead of a fraction")
 
     how = parser.add_argument_group("how")
+    how.add_argument("--method", choices=methods, default="lanczos", help="power is the paper's")
+    how.add_argument("--num-power-iter", type=cli.positive_int, default=10, help="most Hessian-vector products")
+    how.add_argument("--tol", type=cli.nonnegative_float, default=1e-3, help="relative residual at which one is done")
     how.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
-    how.add_argument("--num-power-iter", type=cli.positive_int, default=10, help="Hessian-vector products per example")
+    how.add_argument("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
+    how.add_argument(
+        "--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the Hessian's trace"
+    )
+    how.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure our networks with BatchNorm and spectral norm folded into the weights, faster (default: on)",
+    )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, metavar="FILE.csv", help="write one row per example")
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distribution of curvature")
+    output.add_argument("--output", type=Path, metavar="FILE", help="write one row per example; .csv or .json")
+    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distributions over examples")
+    output.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="earlier --output files to set beside",
+    )
+    output.add_argument(
+        "--layers",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FILE.png",
+        help="low-curvature networks layer by layer, with the curvature bound; with a file also a picture",
+    )
 
     cli.add_shared_flags(parser)
     return parser
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint that has passed every check, and the data it is measured on."""
-
-    path: str
-    arch: str
-    model: torch.nn.Module
-    dataset: str
-    data: ImageData
-
-
-def load_subjects(flags: argparse.Namespace) -> list[Subject]:
-    """Read every checkpoint and data set the flags name, so that no mistake turns up after hours of measuring.
-
-    Raises:
-        UserError: if a file is missing or damaged, or the flags disagree with it.
-    """
-    subjects, loaded = [], {}
-    for path in flags.model_filename:
-        checkpoint = read_checkpoint(path)
-        arch = check_architecture(checkpoint, path, flags.model_arch)
-        model = build_model(checkpoint, path, arch).to(flags.device)
-        own_dataset = checkpoint.get("dataset")
-        if flags.dataset and own_dataset and flags.dataset != own_dataset:
-            raise UsageError(f"{path} was trained on {own_dataset}, not {flags.dataset}; leave --dataset out")
-        dataset = flags.dataset or own_dataset or DEFAULT_DATASET
-        if dataset not in datasets:
-            raise UserError(f"{path}: unknown data set {dataset!r}; there are {', '.join(datasets)}")
-        data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
-        key = dataset, data_dir, checkpoint["image_size"]
-        if key not in loaded:  # several models share one
-            loaded[key] = load_dataset(*key, flags.download).to(flags.device)
-        data = loaded[key]
-        if len(data.class_names) != checkpoint["num_classes"]:
-            raise UsageError(
-                f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {len(data.class_names)}; "
-                "give the --dataset (and --data-dir) it was trained on"
-            )
-        subjects.append(Subject(path, arch, model, dataset, data))
-    return subjects
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raise UsageError on flags that do not go together, and UserError where an output file cannot go."""
+    outside = flags.model_arch is not None and is_outside(flags.model_arch)
+    if not (flags.model_filename or outside or flags.compare):
+        raise UsageError("nothing to measure: give --model-filename, or --compare with earlier result files")
+    if outside and not flags.dataset:
+        raise UsageError(f"--model-arch {flags.model_arch} needs a --dataset: {', '.join(datasets)}")
+    if flags.image_size and not outside:
+        raise UsageError("--image-size is for --model-arch package.module:callable; a checkpoint of ours knows its own")
+    if flags.method == "power" and flags.top_k > 1:
+        raise UsageError("--top-k needs --method lanczos; the power method finds one eigenvalue")
+    if flags.top_k > flags.num_power_iter:
+        raise UsageError(f"--top-k {flags.top_k} needs at least as many products: raise --num-power-iter")
+    if flags.output and flags.output.suffix not in (".csv", ".json"):
+        raise UsageError(f"--output {flags.output} must end in .csv or .json")
+    pictures = [flags.plot, None if flags.layers is True else flags.layers]
+    for path in filter(None, pictures):
+        if path.suffix != ".png":
+            raise UsageError(f"{path}: pictures are PNG, name a file that ends in .png")
+    for path in filter(None, [flags.output, *pictures]):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent} cannot be made ({error.strerror}); name another place") from error
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file")
 
 
 def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[Measurement]:
-    """Measure one model on a subset of each of its data set's two splits."""
-    accuracy = evaluate(subject.model, subject.data.test)[1]
-    print(f"{subject.path}: {subject.arch} on {subject.dataset}, test accuracy {accuracy:.2f} %")
-    for name, split in (("train", subject.data.train), ("test", subject.data.test)):
-        # the same examples and starting vectors for every model
-        generator = torch.Generator().manual_seed(flags.prng_seed)
-        indices = choose_examples(len(split), flags.data_fraction, generator)
-        chosen = split[indices.to(flags.device)]
-        estimate = measure_split(
-            subject.model, chosen, flags.batch_size, flags.num_power_iter, generator, f"{subject.path} {name}"
-        )
-        yield Measurement(subject.path, name, accuracy, indices, chosen.labels.cpu(), estimate)
+    """Measure one model on a subset of its data set's splits, the same for every model."""
+    splits = {"train": subject.data.train, "test": subject.data.test}
+    with measurable(subject.model, flags.fold) as model:
+        accuracy = measure_accuracy(model, subject.data.test, subject.dtype)
+        print(f"{subject.name}: {subject.arch} on {subject.dataset}, test accuracy {accuracy:.2f} %", flush=True)
+        for name, split in splits.items():
+            if flags.split not in (name, "both"):
+                continue
+            count = flags.num_samples or max(1, round(flags.data_fraction * len(split)))
+            indices = choose_examples(len(split), count, flags.prng_seed)
+            estimate = measure_split(
+                model,
+                split,
+                indices,
+                subject.dtype,
+                flags.batch_size,
+                flags.prng_seed,
+                f"{subject.name} {name}",
+                method=flags.method,
+                num_iterations=flags.num_power_iter,
+                tol=flags.tol,
+                top_k=flags.top_k,
+                trace_probes=flags.trace_probes,
+                use_folding=flags.fold,
+            )
+            labels = split.labels[indices.to(split.labels.device)].cpu()
+            yield as_measurement(subject.name, name, indices, labels, estimate)
+
+
+def report_layers(subject: Subject, measurements: Sequence[Measurement]):
+    """Print a low-curvature network layer by layer, with the largest curvature measured; its table, if it has one."""
+    try:
+        table = layer_table(subject.model)
+    except ValueError as error:
+        print(f"{subject.name}: no table of layers: {error}")
+        return None
+    largest = max((m.columns["curvature"][m.averaged()].max(initial=0.0) for m in measurements), default=None)
+    print(f"{subject.name}, layer by layer:\n{format_layers(table, largest)}")
+    return table
+
+
+def estimate(flags: argparse.Namespace) -> None:
+    """Do what the flags say: measure, print, write and draw."""
+    check_flags(flags)
+    earlier = [m for path in flags.compare for m in read_measurements(path)]
+    settings = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(flags).items()}
+    settings |= {"torch": torch.__version__, "compare": list(map(str, flags.compare))}
+    first = distributed.rank() == 0
+    measurements: list[Measurement] = []
+    tables = []
+    for subject in load_subjects(flags):
+        of_subject = []
+        for measurement in measure(subject, flags):
+            print(format_measurement(measurement), flush=True)
+            of_subject.append(measurement)
+            if flags.output and first:  # after each split: whatever happens later, this much is there
+                write_measurements(flags.output, measurements + of_subject, settings)
+        measurements += of_subject
+        if flags.layers and (table := report_layers(subject, of_subject)):
+            tables.append((subject.name, table))
+    together = earlier + measurements
+    if earlier or len({m.model for m in measurements}) > 1:
+        print(comparison_table(together))
+    if not first:
+        return
+    if flags.plot:
+        plot_measurements(flags.plot, list(zip(model_names(together), together, strict=True)))
+    if isinstance(flags.layers, Path) and tables:
+        plot_layers(flags.layers, tables)
+    drawn = flags.layers if isinstance(flags.layers, Path) and tables else None
+    for path in filter(None, [flags.output if measurements else None, flags.plot, drawn]):
+        print(f"saved {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
 
     def command(flags: argparse.Namespace) -> None:
-        for path in (flags.output, flags.plot):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-        measurements = []
-        for subject in load_subjects(flags):
-            for measurement in measure(subject, flags):
-                print(format_measurement(measurement), flush=True)
-                measurements.append(measurement)
-                if flags.output:  # after each split: whatever happens later, this much is there
-                    write_measurements(flags.output, measurements)
-        if len(flags.model_filename) > 1:
-            print(comparison_table(measurements))
-        if flags.plot:
-            plot_curvature(flags.plot, labelled_curvatures(measurements))
-        for path in (flags.output, flags.plot):
-            if path:
-                print(f"saved {path}")
+        with distributed.process_group(), contextlib.ExitStack() as stack:
+            if distributed.rank() > 0:  # the first process speaks for all
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            estimate(flags)
 
     return cli.run(build_parser(), command, argv)
 

@@ -21,9 +21,10 @@ from regularized_loss import regularizers
 from utils import cli
 from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
 from utils.errors import UsageError, UserError
+from utils.files import write_csv
 from utils.plots import plot_training
 from utils.progress import progress
-from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags, write_metrics
+from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags
 from utils.training import (
     build_optimizer,
     calibrate_batchnorm,
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write_report(files: RunFiles, metrics: list[dict], model: torch.nn.Module) -> None:
     """What a finished run leaves beside its checkpoint."""
-    write_metrics(files.metrics, metrics)
+    write_csv(files.metrics, metrics)
     plot_training(files.picture, files.checkpoint.stem, metrics, model)
 
 
@@ -190,7 +191,7 @@ def train(flags: argparse.Namespace) -> Path:
         else:
             save_checkpoint(files.checkpoint, progress_made)
             files.unfinished.unlink(missing_ok=True)
-        write_metrics(files.metrics, metrics)
+        write_csv(files.metrics, metrics)
     write_report(files, metrics, model)
     print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
     return files.checkpoint

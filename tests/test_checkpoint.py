@@ -5,8 +5,9 @@ import torch
 from conftest import assert_one_line_error, run_script
 
 from models.model_selector import model_architecture
-from utils.checkpoint import load_model, save_checkpoint, write_atomically
+from utils.checkpoint import load_model, save_checkpoint
 from utils.errors import UsageError, UserError
+from utils.files import write_atomically
 
 
 def checkpoint_of(model: torch.nn.Module, arch: str = "vgg11") -> dict:

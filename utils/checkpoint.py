@@ -7,7 +7,6 @@ A checkpoint is one torch file of plain tensors, dicts, lists, numbers and strin
     the run is finished, optimizer (state_dict).
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -15,26 +14,11 @@ from torch import Tensor, nn
 
 from models.model_selector import model_architecture
 from utils.errors import UsageError, UserError
+from utils.files import write_atomically
 from utils.reference_checkpoint import convert_reference_checkpoint
 
 FORMAT = {"format": "lcnn", "version": 1}
 REQUIRED = {"model_arch", "dataset", "num_classes", "image_size", "flags", "epoch", "metrics", "model"}
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call write(binary file) on a temporary neighbour of path, then put it in path's place in one step.
-
-    Whoever reads path finds the old content or the new, never a part; if anything fails the old one stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def plain(value):

@@ -1,119 +1,84 @@
-"""Measuring a whole split: choosing its examples, going through them in batches, and reporting."""
+"""Measuring a split: choosing its examples, and going through them in batches, on one process or several."""
 
-import csv
-import io
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batches import Split, batches
-from utils.checkpoint import write_atomically
+from data.batches import Split, epoch_seed, to_pixels
+from models.folding import FoldedNetwork
 from utils.curvature import CurvatureEstimate, estimate_curvature
+from utils.distributed import gather_shares, own_share
 from utils.progress import progress
+from utils.results import Measurement
 
-QUANTITIES = {
-    "gradient_norm": "gradient norm ||grad l||",
-    "hessian_norm": "Hessian norm ||hess l||",
-    "curvature": "normalized curvature C",
-}
+EVALUATION_BATCH = 250
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One model on the chosen examples of one split."""
-
-    model: str  # the checkpoint's path
-    split: str  # train or test
-    test_accuracy: float  # percent, on the whole test split
-    indices: Tensor  # (N,) positions in the split
-    labels: Tensor  # (N,)
-    estimate: CurvatureEstimate  # of (N,) tensors, on the CPU
-
-
-def choose_examples(num_examples: int, fraction: float, generator: torch.Generator) -> Tensor:
-    """round(fraction * n) of the n examples, at least 1, at random: positions, each at most once, increasing."""
-    count = max(1, round(fraction * num_examples))
+def choose_examples(num_examples: int, count: int, seed: int) -> Tensor:
+    """At most ``count`` of the examples at random: positions, each at most once, increasing."""
+    generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_examples, generator=generator)[:count].sort().values
 
 
+def example_generators(indices: Tensor, seed: int) -> list[torch.Generator]:
+    """A random generator for each example, which only the seed and its position in the split decide: what is estimated
+    does not depend on the batch, the order, or the process an example comes in."""
+    return [torch.Generator().manual_seed(epoch_seed(seed, index)) for index in indices.tolist()]
+
+
+def measure_accuracy(model: nn.Module | FoldedNetwork, split: Split, dtype: torch.dtype) -> float:
+    """Accuracy on a split in percent, on every process; the model is in eval mode."""
+    parts = own_share(list(torch.arange(len(split), device=split.images.device).split(EVALUATION_BATCH)))
+    correct = []
+    with torch.no_grad():
+        for part in progress(parts, "test accuracy", sum(map(len, parts)), "examples", size=len):
+            batch = split[part]
+            correct.append(int((model(to_pixels(batch.images, dtype)).argmax(dim=1) == batch.labels).sum()))
+    return 100 * sum(gather_shares(correct)) / len(split)
+
+
 def measure_split(
-    model: nn.Module,
+    model: nn.Module | FoldedNetwork,
     split: Split,
+    indices: Tensor,
+    dtype: torch.dtype,
     batch_size: int,
-    num_iterations: int,
-    generator: torch.Generator,
+    seed: int,
     description: str = "",
+    **settings,
 ) -> CurvatureEstimate:
-    """estimate_curvature on every example of a split, in its order, batch by batch; the result is on the CPU."""
-    num_batches = -(-len(split) // batch_size)
-    dtype = next(model.parameters()).dtype
-    estimates = [
-        estimate_curvature(model, images, labels, num_iterations=num_iterations, generator=generator)
-        for images, labels in progress(batches(split, batch_size, dtype), description, num_batches, "batches")
-    ]
-    return CurvatureEstimate.concatenate(estimates).to("cpu")
+    """estimate_curvature at some examples of a split, batch by batch; every process does its share of the batches.
+
+    Args:
+        model: measured as it is: see ``measurable``.
+        indices: (n,) the examples' positions in the split.
+        dtype: of the model.
+        settings: passed on to ``estimate_curvature``.
+
+    Returns:
+        The estimate of all n examples in the order of ``indices``, on the CPU, on every process.
+    """
+    parts = own_share(list(indices.split(batch_size)))
+    estimates = []
+    for part in progress(parts, description, sum(map(len, parts)), "examples", size=len):
+        batch = split[part.to(split.images.device)]
+        generators = example_generators(part, seed)
+        images = to_pixels(batch.images, dtype)
+        estimates.append(estimate_curvature(model, images, batch.labels, generator=generators, **settings).to("cpu"))
+    return CurvatureEstimate.concatenate(gather_shares(estimates))
 
 
-def summarize(values: Tensor) -> dict[str, float]:
-    """Mean, standard deviation and median of the finite ones among (N,) values."""
-    values = values[values.isfinite()].double()
-    if not len(values):
-        return {"mean": float("nan"), "sd": float("nan"), "median": float("nan")}
-    return {"mean": float(values.mean()), "sd": float(values.std(correction=0)), "median": float(np.median(values))}
-
-
-def format_measurement(measurement: Measurement) -> str:
-    """Mean, sd and median of the three quantities, the number of examples, and how converged they are."""
-    estimate = measurement.estimate
-    lines = [f"  {measurement.split}, {len(estimate)} examples"]
-    for name, title in QUANTITIES.items():
-        s = summarize(getattr(estimate, name))
-        lines.append(f"    {title:<26} {s['mean']:.6g} +/- {s['sd']:.3g}, median {s['median']:.6g}")
-    residual = estimate.residual
-    lines.append(f"    relative residual          median {np.nanmedian(residual):.2g}, worst {residual.max():.2g}")
-    bad = int((~estimate.curvature.isfinite()).sum())
-    if bad:
-        where = measurement.indices[~estimate.curvature.isfinite()][:5].tolist()
-        lines.append(f"    {bad} examples are not finite and are left out of the above, first at {where}")
-    return "\n".join(lines)
-
-
-def model_names(measurements: list[Measurement]) -> list[str]:
-    """A name for each measurement's model: its file's, or the whole path where two files have the same."""
-    paths = {m.model for m in measurements}
-    distinct = len({Path(path).stem for path in paths}) == len(paths)
-    return [Path(m.model).stem if distinct else m.model for m in measurements]
-
-
-def labelled_curvatures(measurements: list[Measurement]) -> list[tuple[str, np.ndarray]]:
-    """What plot_curvature draws: a label and the (N,) normalized curvatures of each measurement."""
-    names = model_names(measurements)
-    return [(f"{name}\n{m.split}", m.estimate.curvature.numpy()) for name, m in zip(names, measurements, strict=True)]
-
-
-def comparison_table(measurements: list[Measurement]) -> str:
-    """Every model's means and median curvature side by side: a row per model and split."""
-    names = model_names(measurements)
-    width = max(map(len, names))
-    lines = [f"{'model':<{width}}  split  test accuracy  ||grad l||  ||hess l||           C    median C"]
-    for name, m in zip(names, measurements, strict=True):
-        accuracy = f"{m.test_accuracy:.2f} %" if m.split == "test" else ""
-        means = [summarize(getattr(m.estimate, quantity))["mean"] for quantity in QUANTITIES]
-        numbers = [*means, summarize(m.estimate.curvature)["median"]]
-        row = "".join(f"{number:>12.4g}" for number in numbers)
-        lines.append(f"{name:<{width}}  {m.split:<5}  {accuracy:>13}{row}")
-    return "\n".join(lines)
-
-
-def write_measurements(path: Path, measurements: list[Measurement]) -> None:
-    """One CSV row per model, split and example; written atomically."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "split", "index", "label", *QUANTITIES, "residual"])
-    for m in measurements:
-        columns = [m.indices, m.labels, *(getattr(m.estimate, name) for name in QUANTITIES), m.estimate.residual]
-        writer.writerows([m.model, m.split, *row] for row in zip(*(c.tolist() for c in columns), strict=True))
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+def as_measurement(
+    model: str | Path, split: str, indices: Tensor, labels: Tensor, estimate: CurvatureEstimate
+) -> Measurement:
+    """The columns of a result file, one row per example."""
+    names = ["predicted", "loss", "gradient_norm", "hessian_norm", "curvature", "eigenvalue", "residual"]
+    columns = {"index": indices, "label": labels} | {name: getattr(estimate, name) for name in names}
+    columns |= {"products": estimate.products, "converged": estimate.converged}
+    for k in range(1, estimate.eigenvalues.shape[1]):
+        columns[f"eigenvalue_{k + 1}"] = estimate.eigenvalues[:, k]
+    if estimate.trace is not None:
+        columns |= {"trace": estimate.trace, "trace_error": estimate.trace_error}
+    return Measurement(str(model), split, {name: np.asarray(tensor) for name, tensor in columns.items()})

@@ -1,28 +1,40 @@
 """Pictures, to PNG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from models.bound import LayerTable
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
-from utils.checkpoint import write_atomically
+from utils.files import write_atomically
+from utils.results import QUANTITIES, Measurement
 
 # the columns of a run's metrics that every loss has; the others are the terms of a particular loss
 NOT_PENALTIES = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds"}
 NOT_PENALTIES |= {"images_per_second"}
 
 
-def new_figure(columns: int):
-    """A row of panels that needs no display."""
+def new_figure(columns: int, rows: int = 1):
+    """Panels that need no display: the figure, and its axes row by row in one (rows * columns,) array."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * columns, 3.6), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, columns))
+    figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def save_figure(figure, path: Path) -> None:
     write_atomically(Path(path), lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_bars(axis, title: str, values: list[float], names: list[str] | None = None) -> None:
+    """A bar for each layer, from input to output; numbered, or named below."""
+    positions = range(1, len(values) + 1)
+    axis.bar(positions, values)
+    axis.set(xlabel="layer, input to output", title=title, yscale="log")  # one may be a hundred times another
+    if names:
+        axis.set_xticks(positions, names, rotation=90, fontsize=6)  # as small as resnet34's 36 names need to fit
 
 
 def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module) -> None:
@@ -60,25 +72,40 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
 
     panels = [("beta by activation", betas), ("gamma by BatchNorm", gammas)]
     for axis, (name, values) in zip(axes[3:], [panel for panel in panels if panel[1]], strict=True):
-        axis.bar(range(1, len(values) + 1), values)
-        axis.set(xlabel="layer, input to output", title=name, yscale="log")  # one may be a hundred times another
+        draw_bars(axis, name, values)
     save_figure(figure, path)
 
 
-def plot_curvature(path: Path, curvatures: list[tuple[str, np.ndarray]]) -> None:
-    """How normalized curvature is distributed over examples, one violin per label, on a log axis.
+def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]]) -> None:
+    """How gradient norm, Hessian norm and curvature are distributed over examples: a panel each, on a log axis.
 
     Args:
-        curvatures: a label and the (N,) values of one model on one split, for each; zero and non-finite ones are not
-            drawn.
+        measurements: named; a violin for each, of the examples that enter its averages.
     """
-    figure, (axis,) = new_figure(1)
-    logs = [np.log10(values[np.isfinite(values) & (values > 0)]) for _, values in curvatures]
-    drawn = [i for i, values in enumerate(logs, start=1) if len(values) > 1]
-    if drawn:
-        axis.violinplot([logs[i - 1] for i in drawn], positions=drawn, showmedians=True, widths=0.8)
-    axis.set_xticks(range(1, len(logs) + 1), [label for label, _ in curvatures], rotation=15, ha="right", fontsize=7)
-    axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
-    axis.set(ylabel="normalized curvature C", title="curvature by example")
-    axis.grid(axis="y", alpha=0.3)
+    figure, axes = new_figure(len(QUANTITIES))
+    labels = [f"{name}\n{measurement.split}" for name, measurement in measurements]
+    for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
+        logs = [np.log10(m.columns[quantity][m.averaged()]) for _, m in measurements]
+        drawn = [i for i, values in enumerate(logs) if len(values)]
+        if drawn:
+            axis.violinplot([logs[i] for i in drawn], positions=drawn, showmedians=True, widths=0.8)
+        axis.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=7)
+        axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
+        axis.set(title=title)
+        axis.grid(axis="y", alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_layers(path: Path, tables: list[tuple[str, LayerTable]]) -> None:
+    """beta and gamma of every layer, on a log axis: a row of two panels for each network.
+
+    Args:
+        tables: a label and the layers of each network, at least one.
+    """
+    figure, axes = new_figure(2, rows=len(tables))
+    for (label, table), panels in zip(tables, axes.reshape(-1, 2), strict=True):
+        for axis, quantity in zip(panels, ("beta", "gamma"), strict=True):
+            values = {row.name: getattr(row, quantity) for row in table.rows}
+            values = {name: value for name, value in values.items() if value is not None}
+            draw_bars(axis, f"{label}: {quantity}", list(values.values()), list(values))
     save_figure(figure, path)

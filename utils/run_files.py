@@ -1,13 +1,10 @@
 """The files of one training run, and the rules that keep one run from overwriting another."""
 
 import argparse
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.datasets import ImageData
-from utils.checkpoint import write_atomically
 from utils.errors import UsageError
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
@@ -75,12 +72,3 @@ def check_same_data(path: Path, checkpoint: dict, data: ImageData) -> None:
             f"--resume: {path} was started on other data, at {checkpoint['flags'].get('data_dir')}; "
             "give that as --data-dir, or another --output-dir"
         )
-
-
-def write_metrics(path: Path, metrics: list[dict]) -> None:
-    """All epochs' metrics as a CSV, one header, each epoch once; written atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(metrics[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(metrics)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

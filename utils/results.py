@@ -1,0 +1,186 @@
+"""Results of curvature measurements: their summary, as text, and in files that can be read back."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import write_atomically, write_csv
+
+QUANTITIES = {
+    "gradient_norm": "gradient norm ||grad l||",
+    "hessian_norm": "Hessian norm ||hess l||",
+    "curvature": "normalized curvature C",
+}
+INTEGERS = {"index", "label", "predicted", "products"}
+REQUIRED = {"model", "split", "index", *QUANTITIES}  # what a file must have to be compared with others
+INDICES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on the chosen examples of one split."""
+
+    model: str  # the checkpoint's path, or the callable that made the model
+    split: str  # train or test
+    columns: dict[str, np.ndarray]  # name -> (N,): index, label, ..., as in a result file
+
+    def __len__(self) -> int:
+        return len(self.columns["index"])
+
+    def left_out(self) -> dict[str, np.ndarray]:
+        """Reason -> (N,) mask of the examples for which C means nothing, and which no average may hide.
+
+        A gradient or Hessian of exactly 0 is a loss that has underflowed or does not depend on the pixels.
+        """
+        gradient, hessian = self.columns["gradient_norm"], self.columns["hessian_norm"]
+        not_finite = ~(np.isfinite(gradient) & np.isfinite(hessian) & np.isfinite(self.columns["curvature"]))
+        return {"not finite": not_finite, "zero gradient": gradient == 0, "zero Hessian": hessian == 0}
+
+    def averaged(self) -> np.ndarray:
+        """(N,) mask of the examples that enter averages and pictures: those not left out."""
+        return ~np.any(list(self.left_out().values()), axis=0)
+
+    def rows(self) -> list[dict]:
+        """One dict per example: model, split and the columns."""
+        columns = {name: column.tolist() for name, column in self.columns.items()}
+        head = {"model": self.model, "split": self.split}
+        return [head | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def distribution(values: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation, median, 5 % and 95 % quantiles of (N,) values; NaN where there are none."""
+    if not len(values):
+        return dict.fromkeys(("mean", "sd", "median", "q05", "q95"), math.nan)
+    values = values.astype(np.float64)
+    low, median, high = np.quantile(values, [0.05, 0.5, 0.95])
+    return {"mean": values.mean(), "sd": values.std(), "median": median, "q05": low, "q95": high}
+
+
+def summarize(measurement: Measurement) -> dict:
+    """What there is to say of one measurement, in plain numbers: examples, distributions, convergence."""
+    columns, averaged = measurement.columns, measurement.averaged()
+    summary: dict = {"examples": len(measurement), "averaged": int(averaged.sum())}
+    summary["left_out"] = {reason: int(mask.sum()) for reason, mask in measurement.left_out().items()}
+    summary |= {name: distribution(columns[name][averaged]) for name in QUANTITIES}
+    for name, column in columns.items():
+        if name.startswith(("eigenvalue_", "trace")):
+            summary[name] = distribution(column[averaged & np.isfinite(column)])
+    if "residual" in columns:
+        residual = columns["residual"][averaged]
+        summary["worst_residual"] = residual.max(initial=0.0)
+        summary["converged"] = int(columns["converged"].sum())
+        summary["products"] = int(columns["products"].sum())
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in summary.items()}
+
+
+def format_measurement(measurement: Measurement) -> str:
+    """The summary for the screen."""
+    summary = summarize(measurement)
+    count = summary["examples"]
+    lines = [f"  {measurement.split}, {count} examples{'':<10}  mean +/- sd           median       5 %         95 %"]
+    titles = dict(QUANTITIES)
+    titles |= {name: name.replace("_", " ") for name in summary if name.startswith(("eigenvalue_", "trace"))}
+    for name, title in titles.items():
+        d = summary[name]
+        spread = f"{d['mean']:.5g} +/- {d['sd']:.3g}"
+        lines.append(f"    {title:<26} {spread:<21} {d['median']:<12.5g} {d['q05']:<11.4g} {d['q95']:.4g}")
+    if "products" in summary:
+        mean, most = summary["products"] / count, measurement.columns["products"].max()
+        converged = summary["converged"]
+        lines.append(
+            f"    {converged} of {count} converged; worst relative residual {summary['worst_residual']:.2g}; "
+            f"{summary['products']} Hessian-vector products, {mean:.3g} an example, at most {most}"
+        )
+        if converged < count - summary["left_out"]["not finite"]:
+            lines.append("    the others are lower bounds; a larger --num-power-iter brings them closer")
+    for reason, mask in measurement.left_out().items():
+        if mask.any():
+            where = ", ".join(map(str, measurement.columns["index"][mask][:INDICES_SHOWN]))
+            more = ", ..." if mask.sum() > INDICES_SHOWN else ""
+            lines.append(f"    left out of the above: {mask.sum()} with {reason} (index {where}{more})")
+    return "\n".join(lines)
+
+
+def model_names(measurements: Sequence[Measurement]) -> list[str]:
+    """A name for each measurement's model: its file's, or the whole path where two files have the same."""
+    paths = {m.model for m in measurements}
+    distinct = len({Path(path).stem for path in paths}) == len(paths)
+    return [Path(m.model).stem if distinct else m.model for m in measurements]
+
+
+def comparison_table(measurements: Sequence[Measurement]) -> str:
+    """All measurements side by side, a row for each: means, and the median curvature."""
+    names = model_names(measurements)
+    width = max(map(len, ["model", *names]))
+    lines = [f"{'model':<{width}}  split  examples  ||grad l||  ||hess l||           C    median C  converged"]
+    for name, m in zip(names, measurements, strict=True):
+        summary = summarize(m)
+        numbers = [summary[quantity]["mean"] for quantity in QUANTITIES] + [summary["curvature"]["median"]]
+        row = "".join(f"{number:>12.4g}" for number in numbers)
+        converged = f"{summary['converged'] / max(1, len(m)):>9.0%}" if "converged" in summary else ""
+        lines.append(f"{name:<{width}}  {m.split:<5}  {summary['averaged']:>8}{row[2:]}  {converged}")
+    return "\n".join(lines)
+
+
+def strict_json(value):
+    """Nested dicts and lists with None for every number JSON does not know."""
+    if isinstance(value, dict):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_measurements(path: Path, measurements: Sequence[Measurement], settings: dict) -> None:
+    """One row per model, split and example: as CSV, or with settings and summaries as JSON, as the path ends."""
+    if path.suffix != ".json":
+        write_csv(path, [row for m in measurements for row in m.rows()])
+        return
+    parts = [{"model": m.model, "split": m.split, "summary": summarize(m), "examples": m.rows()} for m in measurements]
+    text = json.dumps(strict_json({"settings": settings, "measurements": parts}), indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def as_column(name: str, values: Iterable) -> np.ndarray:
+    """Numbers as read from a file; JSON's null and CSV's nan are NaN."""
+    if name == "converged":
+        return np.array([value in (True, "True") for value in values])
+    numbers = [math.nan if value is None else float(value) for value in values]
+    return np.array(numbers, dtype=np.int64 if name in INTEGERS else np.float64)
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """What write_measurements wrote.
+
+    Raises:
+        UserError: if the file is missing, or is not such a file.
+    """
+    try:
+        if path.suffix == ".json":
+            parts = json.loads(path.read_text())["measurements"]
+            rows = [row for part in parts for row in part["examples"]]
+        else:
+            with open(path, newline="") as file:
+                rows = list(csv.DictReader(file))
+        if not rows or (missing := REQUIRED - rows[0].keys()):
+            raise ValueError(f"no {', '.join(sorted(missing))}" if rows else "no rows")
+        groups: dict[tuple[str, str], list[dict]] = {}
+        for row in rows:
+            groups.setdefault((row["model"], row["split"]), []).append(row)
+        return [
+            Measurement(
+                model, split, {n: as_column(n, [r[n] for r in group]) for n in group[0] if n not in ("model", "split")}
+            )
+            for (model, split), group in groups.items()
+        ]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such result file; --output writes one") from None
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: not a result file that --output wrote ({reason})") from error
