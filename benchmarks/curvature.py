@@ -8,7 +8,6 @@ whatever else the machine does touches all of them; look at the ratios. Peak mem
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,7 +125,9 @@ def measure_memory(path: str, variant: str, flags: argparse.Namespace) -> float:
     def peak() -> float:
         if images.is_cuda:
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        # not getrusage's maximum: that counts the parent as it was when this process was forked
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
     before = peak()
     if variant == "textbook":
