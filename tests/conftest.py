@@ -43,6 +43,13 @@ def run_script(script: str, *arguments, cwd: Path | None = None, check: int | No
     return result
 
 
+def run_main(script, arguments: list, capsys) -> subprocess.CompletedProcess:
+    """script.main(arguments), which is all a process of its own would call: what it printed, the code it returned."""
+    returned = script.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return subprocess.CompletedProcess(arguments, returned, captured.out, captured.err)
+
+
 def assert_one_line_error(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
     """The exit code, exactly one line on stderr, no traceback, and the words that name the problem and the remedy."""
     assert result.returncode == code, result.stderr

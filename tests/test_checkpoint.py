@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import assert_one_line_error, run_main
 
+import estimate_curvature
 from models.model_selector import model_architecture
 from utils.checkpoint import load_model, save_checkpoint
 from utils.errors import UsageError, UserError
@@ -115,7 +116,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_estimate_refuses_files_in_one_line(path, tmp_path):
+def test_estimate_refuses_files_in_one_line(path, tmp_path, capsys):
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:1000])
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     for name, code, words in (
@@ -123,11 +124,11 @@ def test_estimate_refuses_files_in_one_line(path, tmp_path):
         ("cut.pt", 1, ["cut.pt", "damaged"]),
         ("foreign.pt", 1, ["foreign.pt", "neither"]),
     ):
-        result = run_script("estimate_curvature.py", "--model-filename", tmp_path / name, check=None)
+        result = run_main(estimate_curvature, ["--model-filename", tmp_path / name], capsys)
         assert_one_line_error(result, code, *words)
     for flags, words in (
         (["--model-arch", "resnet18"], ["vgg11", "resnet18", "--model-arch"]),
         (["--dataset", "svhn"], ["digits", "svhn", "--dataset"]),
     ):
-        result = run_script("estimate_curvature.py", "--model-filename", path, *flags, check=None)
+        result = run_main(estimate_curvature, ["--model-filename", path, *flags], capsys)
         assert_one_line_error(result, 2, *words)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, assert_one_line_error, run_script, write_cifar
+from conftest import ROOT, SHARED, assert_one_line_error, run_main, run_script, write_cifar
 
 import estimate_curvature
 import train_models
@@ -31,13 +31,6 @@ def read_metrics(path) -> list[dict]:
 
 
 FAMILIES = ["resnet18", "vgg11", "resnet18lcnn", "vgg11lcnn", "vgg11lowbeta"]
-
-
-def run_main(script, arguments: list, capsys) -> subprocess.CompletedProcess:
-    """script.main(arguments) with what it printed and the exit code it returned."""
-    returned = script.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return subprocess.CompletedProcess(arguments, returned, captured.out, captured.err)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)

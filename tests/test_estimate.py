@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, assert_one_line_error, run_script
+from conftest import ROOT, SHARED, assert_one_line_error, run_main, run_script
 
 import estimate_curvature
 from utils.curvature import estimate_curvature as estimate
@@ -154,16 +154,11 @@ def test_a_model_that_comes_with_its_weights_and_no_file(folder, photographs):
         (["--model-arch", "my_models:ready", "--image-size", "0"], 2, ["--image-size"]),
     ],
 )
-def test_outside_models_are_refused_in_one_line(folder, photographs, flags, code, words):
-    result = in_folder(folder, *data_flags(photographs), *flags, check=None)
+def test_outside_models_are_refused_in_one_line(folder, photographs, flags, code, words, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    result = run_main(estimate_curvature, [*data_flags(photographs), *flags], capsys)
     assert_one_line_error(result, code, *words)
     assert result.stdout == ""
-
-
-def run_main(arguments: list, capsys) -> subprocess.CompletedProcess:
-    returned = estimate_curvature.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return subprocess.CompletedProcess(arguments, returned, captured.out, captured.err)
 
 
 @pytest.mark.parametrize(
@@ -187,14 +182,14 @@ def run_main(arguments: list, capsys) -> subprocess.CompletedProcess:
 )
 def test_errors(flags, code, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert_one_line_error(run_main(flags, capsys), code, *words)
+    assert_one_line_error(run_main(estimate_curvature, flags, capsys), code, *words)
 
 
 def test_earlier_results_are_compared_in_one_table_and_picture(folder, photographs, tmp_path, capsys):
     flags = ["--model-arch", "my_models:ready", *data_flags(photographs), "--num-samples", 4, "--top-k", 2]
     flags += ["--trace-probes", 3, "--num-power-iter", 20]
     for name in ("a.csv", "a.json"):
-        assert run_main([*flags, "--output", tmp_path / name], capsys).returncode == 0
+        assert run_main(estimate_curvature, [*flags, "--output", tmp_path / name], capsys).returncode == 0
     from_csv, from_json = read_measurements(tmp_path / "a.csv"), read_measurements(tmp_path / "a.json")
     assert [m.split for m in from_csv] == [m.split for m in from_json] == ["train", "test"]
     for one, other in zip(from_csv, from_json, strict=True):
@@ -206,7 +201,7 @@ def test_earlier_results_are_compared_in_one_table_and_picture(folder, photograp
     assert content["settings"]["num_samples"] == 4
     assert content["measurements"][1]["summary"]["curvature"].keys() == {"mean", "sd", "median", "q05", "q95"}
     compared = ["--compare", tmp_path / "a.csv", tmp_path / "a.json", "--plot", tmp_path / "both.png"]
-    result = run_main(compared, capsys)
+    result = run_main(estimate_curvature, compared, capsys)
     assert result.returncode == 0
     assert len(result.stdout.splitlines()) == 6  # a header, two splits twice, the picture
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
@@ -255,7 +250,9 @@ def test_the_summary_is_numpys():
 
 def test_saturated_examples_are_reported(folder, photographs, capsys):
     """Margins of 500: the loss and its gradient underflow to 0 in float32."""
-    result = run_main(["--model-arch", "my_models:flat", *data_flags(photographs), "--split", "test"], capsys)
+    result = run_main(
+        estimate_curvature, ["--model-arch", "my_models:flat", *data_flags(photographs), "--split", "test"], capsys
+    )
     assert result.returncode == 0, result.stderr
     assert "with zero gradient" in result.stdout
 
@@ -278,7 +275,7 @@ def test_two_processes_find_what_one_does(folder, photographs, tmp_path):
 
 def test_samples_beyond_the_split_are_the_split(folder, photographs, capsys):
     flags = ["--model-arch", "my_models:ready", *data_flags(photographs), "--num-samples", 1000, "--num-power-iter", 1]
-    result = run_main([*flags, "--method", "power"], capsys)
+    result = run_main(estimate_curvature, [*flags, "--method", "power"], capsys)
     assert "train, 24 examples" in result.stdout
     assert "test, 12 examples" in result.stdout
 
@@ -307,5 +304,5 @@ def test_a_model_is_measured_in_its_own_precision(folder, photographs, tmp_path,
     torch.save(state, tmp_path / "double.pt")
     flags = ["--model-arch", "my_models:WideResNet", "--model-filename", tmp_path / "double.pt", "--split", "test"]
     flags += [*data_flags(photographs), "--num-power-iter", 30, "--tol", 1e-10, "--output", tmp_path / "d.csv"]
-    assert run_main(flags, capsys).returncode == 0
+    assert run_main(estimate_curvature, flags, capsys).returncode == 0
     assert max(float(row["residual"]) for row in rows_of(tmp_path / "d.csv")) <= 1e-10

@@ -87,7 +87,7 @@ def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol:
         norm = norms(product)
         value = torch.where((u * product).sum(dim=1) < 0, -norm, norm)
         residual = norms(product - value[:, None] * u) / torch.where(norm > 0, norm, 1)
-        go_on = record.update(*(x.double().cpu()[:, None] for x in (value, residual))).to(u.device)
+        go_on = record.update(*(x.cpu().double()[:, None] for x in (value, residual))).to(u.device)
         if not go_on.any():
             break
         u = normalize(product)
@@ -134,8 +134,8 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         exhausted = beta <= 10 * eps * scale  # rounding is all that is left
         beta = torch.where(exhausted, 0, beta)
 
-        tridiagonal[:, m, m] = alpha.double().cpu()
-        last_beta = beta.double().cpu()
+        tridiagonal[:, m, m] = alpha.cpu().double()
+        last_beta = beta.cpu().double()
         go_on = record.update(*ritz_values(tridiagonal[:, : m + 1, : m + 1], last_beta, k))
         if m + 1 == steps or not go_on.any():
             break
