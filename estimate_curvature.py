@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from utils.curvature import estimate_curvature as estimate_curvature  # part of 
 from utils.curvature import measurable
 from utils.eigenvalues import methods
 from utils.errors import UsageError, UserError
-from utils.measurement import as_measurement, choose_examples, measure_accuracy, measure_split
+from utils.measurement import as_measurement, choose_examples, measure_split
 from utils.outside_model import is_outside
 from utils.plots import plot_layers, plot_measurements
 from utils.results import (
@@ -117,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError on flags that do not go together, and UserError where an output file cannot go."""
+    """Raise UsageError on flags that do not go together."""
     outside = flags.model_arch is not None and is_outside(flags.model_arch)
     if not (flags.model_filename or outside or flags.compare):
         raise UsageError("nothing to measure: give --model-filename, or --compare with earlier result files")
@@ -131,25 +132,39 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError(f"--top-k {flags.top_k} needs at least as many products: raise --num-power-iter")
     if flags.output and flags.output.suffix not in (".csv", ".json"):
         raise UsageError(f"--output {flags.output} must end in .csv or .json")
-    pictures = [flags.plot, None if flags.layers is True else flags.layers]
-    for path in filter(None, pictures):
+    outputs = output_files(flags)
+    for path in outputs[bool(flags.output) :]:
         if path.suffix != ".png":
             raise UsageError(f"{path}: pictures are PNG, name a file that ends in .png")
-    for path in filter(None, [flags.output, *pictures]):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent} cannot be made ({error.strerror}); name another place") from error
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file")
+    files = [path.resolve() for path in outputs + flags.compare]
+    if len(set(files)) < len(files):
+        raise UsageError("--output, --plot, --layers and --compare name the same file twice; each needs its own")
+    if not (flags.model_filename or outside) and (flags.output or flags.layers):
+        raise UsageError("--output and --layers need a model to measure: give --model-filename")
+
+
+def output_files(flags: argparse.Namespace) -> list[Path]:
+    """The files the flags ask for, the results first."""
+    layers = flags.layers if isinstance(flags.layers, Path) else None
+    return [path for path in (flags.output, flags.plot, layers) if path]
+
+
+def make_room(path: Path) -> None:
+    """Raise UserError unless path can be written, before the work it is to hold is done; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
 
 
 def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[Measurement]:
     """Measure one model on a subset of its data set's splits, the same for every model."""
     splits = {"train": subject.data.train, "test": subject.data.test}
     with measurable(subject.model, flags.fold) as model:
-        accuracy = measure_accuracy(model, subject.data.test, subject.dtype)
-        print(f"{subject.name}: {subject.arch} on {subject.dataset}, test accuracy {accuracy:.2f} %", flush=True)
+        print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
         for name, split in splits.items():
             if flags.split not in (name, "both"):
                 continue
@@ -195,7 +210,11 @@ def estimate(flags: argparse.Namespace) -> None:
     first = distributed.rank() == 0
     measurements: list[Measurement] = []
     tables = []
-    for subject in load_subjects(flags):
+    torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
+    subjects = load_subjects(flags)
+    for path in output_files(flags):
+        make_room(path)
+    for subject in subjects:
         of_subject = []
         for measurement in measure(subject, flags):
             print(format_measurement(measurement), flush=True)
@@ -204,9 +223,9 @@ def estimate(flags: argparse.Namespace) -> None:
                 write_measurements(flags.output, measurements + of_subject, settings)
         measurements += of_subject
         if flags.layers and (table := report_layers(subject, of_subject)):
-            tables.append((subject.name, table))
+            tables.append((Path(subject.name).stem, table))
     together = earlier + measurements
-    if earlier or len({m.model for m in measurements}) > 1:
+    if earlier or len(subjects) > 1:
         print(comparison_table(together))
     if not first:
         return
@@ -214,9 +233,9 @@ def estimate(flags: argparse.Namespace) -> None:
         plot_measurements(flags.plot, list(zip(model_names(together), together, strict=True)))
     if isinstance(flags.layers, Path) and tables:
         plot_layers(flags.layers, tables)
-    drawn = flags.layers if isinstance(flags.layers, Path) and tables else None
-    for path in filter(None, [flags.output if measurements else None, flags.plot, drawn]):
-        print(f"saved {path}")
+    for path in output_files(flags):
+        if path != flags.layers or tables:
+            print(f"saved {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -151,11 +151,12 @@ def format_layers(table: LayerTable, measured_maximum: float | None = None) -> s
     titles = ("beta", "gamma", "conv norm", "clip", "Lip BN", "Lip", "n", "term")
     lines = [f"{'layer':<{width}}" + "".join(f"{title:>10}" for title in titles)]
     for row in table.rows:
-        clip = "off" if row.clip == 1 else row.clip
+        clip = row.clip if row.clipped or row.clip is None else "off"
         values = (row.beta, row.gamma, row.spectral_norm, clip, row.norm_lipschitz, row.lipschitz, row.n, row.term)
         lines.append(f"{row.name:<{width}}" + "".join(f"{_cell(value):>10}" for value in values))
-    measured = "" if measured_maximum is None else f"; largest measured curvature {measured_maximum:.3g}"
-    return "\n".join([*lines, f"bound {table.bound:.3g}{measured}"])
+    measured = "" if measured_maximum is None else f"; largest curvature measured {measured_maximum:.3g}"
+    legend = "Lip BN: of the BatchNorm, min(1/s, gamma); Lip: from the pixels to here; term: n * (beta + 1e-3) * Lip"
+    return "\n".join([*lines, legend, f"sum of the terms, the bound: {table.bound:.3g}{measured}"])
 
 
 def _cell(value: float | str | None) -> str:

@@ -16,9 +16,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
-from models.resnet import ResNet
+from models.resnet import ResidualBlock, ResNet
 from models.vgg import VGG
 
 # What each layer keeps of a batch for the derivatives: tensors of one row per example, or a torch.Size.
@@ -229,10 +230,15 @@ class NotFoldable(ValueError):
     """The network has a part that folding does not know."""
 
 
+def require(known: bool) -> None:
+    if not known:
+        raise NotFoldable
+
+
 class FoldedNetwork:
     """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes), layer by layer.
 
-    It holds constants only: folded again when the network's weights change.
+    It holds copies of what it was made from: fold again when the network's weights have changed.
     """
 
     def __init__(self, chain: Chain, dtype: torch.dtype):
@@ -245,9 +251,11 @@ class FoldedNetwork:
 
 def fold_conv_norm(pair: nn.Sequential, before: float = 1.0, after: float = 1.0) -> Convolution:
     """x -> after * norm(conv(before * x)), spectral norm and BatchNorm's clip included, as one plain convolution."""
+    require(list(dict(pair.named_children())) == ["conv", "norm"])
     conv, norm = pair.conv, pair.norm
-    if type(conv) not in (nn.Conv2d, SpectralNormConv2d) or type(norm) not in (nn.BatchNorm2d, LipschitzBatchNorm2d):
-        raise NotFoldable(f"{type(conv).__name__} with {type(norm).__name__}")
+    require(type(conv) in (nn.Conv2d, SpectralNormConv2d) and type(norm) in (nn.BatchNorm2d, LipschitzBatchNorm2d))
+    require(conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros")
+    require(not isinstance(conv.padding, str) and not norm.affine and norm.running_var is not None)
     scale = after * (norm.running_var + norm.eps).rsqrt()
     if isinstance(norm, LipschitzBatchNorm2d):
         scale = scale * norm.clip()
@@ -264,43 +272,51 @@ def fold_activation(activation: nn.Module) -> Softplus:
     if type(activation) is CenteredSoftplus:
         b = (activation.beta + activation.BETA_OFFSET).item()
         return Softplus(b, math.log(2) / b)
-    if type(activation) is nn.Softplus and activation.threshold == Softplus.THRESHOLD:
-        return Softplus(activation.beta, 0.0)
-    raise NotFoldable(str(activation))
+    require(type(activation) is nn.Softplus and activation.threshold == Softplus.THRESHOLD)
+    return Softplus(activation.beta, 0.0)
+
+
+def fold_linear(linear: nn.Linear) -> Linear:
+    # a spectrally normalized one is of a class of its own, made by torch.nn.utils.parametrize
+    require(type(linear) is nn.Linear or (isinstance(linear, nn.Linear) and is_parametrized(linear, "weight")))
+    require(linear.bias is not None)
+    return Linear(linear.weight.detach().clone(), linear.bias.detach().clone())
 
 
 def fold_resnet(model: ResNet) -> Chain:
     root_half = math.sqrt(0.5)
     layers: list[Layer] = [fold_conv_norm(model.stem), fold_activation(model.activation)]
     for block in (block for stage in model.stages for block in stage):
+        require(type(block) is ResidualBlock)
         # out = act((conv2(act(conv1(x / sqrt 2))) + shortcut(x / sqrt 2)) / 2)
         conv1 = fold_conv_norm(block.conv1, before=root_half)
         branch = Chain(conv1, fold_activation(block.activation1), fold_conv_norm(block.conv2, after=0.5))
-        if isinstance(block.shortcut, nn.Identity):
+        if type(block.shortcut) is nn.Identity:
             shortcut: Layer | float = root_half * 0.5
         else:
             shortcut = fold_conv_norm(block.shortcut, before=root_half, after=0.5)
         layers += [Residual(branch, shortcut), fold_activation(block.activation2)]
-    return Chain(*layers, MeanPool(), Linear(model.classifier.weight, model.classifier.bias))
+    return Chain(*layers, MeanPool(), fold_linear(model.classifier))
 
 
 def fold_vgg(model: VGG) -> Chain:
     layers: list[Layer] = []
     for module in model.features:
-        if isinstance(module, nn.MaxPool2d):
+        if type(module) is nn.MaxPool2d:
+            require((module.kernel_size, module.stride, module.padding, module.dilation) == (2, 2, 0, 1))
             layers.append(MaxPool())
-        elif isinstance(module, nn.Sequential):
+        elif type(module) is nn.Sequential:
             layers.append(fold_conv_norm(module))
         else:
             layers.append(fold_activation(module))
-    return Chain(*layers, Flatten(), Linear(model.classifier.weight, model.classifier.bias))
+    return Chain(*layers, Flatten(), fold_linear(model.classifier))
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> FoldedNetwork | None:
     """A ResNet or VGG of ours, in eval mode, as a FoldedNetwork; None for any other network.
 
-    Networks that were changed after they were built (hooks, other layers, another forward) are other networks.
+    One that was changed after it was built, with hooks, other layers or another forward, is another network.
     """
     folders = {ResNet: fold_resnet, VGG: fold_vgg}
     if type(model) not in folders or any(map(is_altered, model.modules())):

@@ -225,7 +225,7 @@ def test_rows_follow_the_network_and_leave_it_alone(name, activations, shortcuts
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert table == layer_table(model.eval())  # what training mode would read is not what is reported
     text = format_layers(table)
-    assert len(text.splitlines()) == len(table.rows) + 2
+    assert len(text.splitlines()) == len(table.rows) + 3
     assert max(map(len, text.splitlines())) <= 110
     assert math.isfinite(table.bound)
 
@@ -246,14 +246,15 @@ def test_format():
         LayerRow("cross-entropy", 3.0, n=1, term=4.24),
     )
     table = LayerTable(rows)
-    header, *lines, bound = format_layers(table, 4.5612).splitlines()
+    header, *lines, legend, bound = format_layers(table, 4.5612).splitlines()
     assert header.split() == ["layer", "beta", "gamma", "conv", "norm", "clip", "Lip", "BN", "Lip", "n", "term"]
     assert lines[0].split() == ["activation", "5", "2", "3.25", "0.4", "2", "2", "100", "1e+03"]
     assert lines[1].split() == ["shortcut", "-", "2", "3.25", "off", "2", "1e+09", "100", "-"]
     assert lines[2].split() == ["cross-entropy", "-", "-", "-", "-", "-", "3", "1", "4.24"]
     assert {len(line) for line in lines} == {len(header)}
-    assert bound == "bound 1e+03; largest measured curvature 4.56"
-    assert format_layers(table, None).splitlines()[-1] == "bound 1e+03"
+    assert all(word in legend for word in ("Lip BN", "Lip:", "term"))
+    assert bound == "sum of the terms, the bound: 1e+03; largest curvature measured 4.56"
+    assert format_layers(table, None).splitlines()[-1] == "sum of the terms, the bound: 1e+03"
 
 
 def test_plot(tmp_path):

@@ -81,7 +81,7 @@ def test_load_model_errors(path, tmp_path, model):
         with pytest.raises(UserError, match="do not fit"):
             load_model(tmp_path / "odd.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match=r"foreign\.pt: is neither"):
+    with pytest.raises(UserError, match=r"foreign\.pt: neither"):
         load_model(tmp_path / "foreign.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="another program's"):

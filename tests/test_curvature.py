@@ -86,6 +86,53 @@ def test_stops_at_tol_or_at_the_number_of_products(method):
     assert not few.converged.any()
 
 
+def test_one_pixel_is_enough():
+    """In one dimension the gradient's direction and the random one are parallel: they must not cancel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.rand(8, 1, 1, 1, dtype=torch.float64), torch.arange(8) % 3
+    estimate = estimate_curvature(model, x, y, generator=torch.Generator().manual_seed(0))
+    for i in range(8):
+        assert estimate.eigenvalue[i].item() == pytest.approx(dense_eigenvalues(model, x[i], y[i]).item(), rel=1e-8)
+
+
+def test_a_start_that_leans_to_a_lesser_eigenvector_rarely_deceives():
+    """Margin a x + k (b x)^2 / 2 with a and b orthogonal: the gradient is an eigenvector, and not the top one."""
+
+    class TwoDirections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            q, _ = torch.linalg.qr(torch.randn(768, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+            self.a, self.b = q.T
+
+        def forward(self, x):
+            x = x.flatten(1)
+            margin = x @ self.a + 0.3 * (x @ self.b - (x @ self.b).detach()).square()
+            return torch.stack([margin, torch.zeros_like(margin)], dim=1)
+
+    x, y = torch.rand(100, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.ones(100)
+    estimate = estimate_curvature(TwoDirections(), x, y.long(), generator=torch.Generator().manual_seed(2))
+    p = torch.sigmoid(x.flatten(1) @ TwoDirections().a)  # y = 1: l = softplus(margin)
+    truth = torch.maximum(p * (1 - p), 0.6 * p)
+    wrong = (estimate.hessian_norm / truth - 1).abs() > 1e-3
+    assert estimate.converged.all()
+    assert not wrong.any()
+
+
+def test_tf32_is_off_while_measuring_and_back_afterwards():
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().forward(x.flatten(1))
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    estimate_curvature(Spy(32, 3).double(), *examples(2))
+    assert seen == [(False, False)]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before == (True, False)
+
+
 def test_the_lanczos_start_leans_on_the_gradient_but_is_not_it():
     gradient = examples(3)[0]
     start = starting_vectors("lanczos", gradient, torch.Generator().manual_seed(0)).flatten(1)
@@ -98,11 +145,16 @@ def test_the_lanczos_start_leans_on_the_gradient_but_is_not_it():
     )
 
 
-def test_a_model_whose_loss_is_linear_or_constant_has_no_curvature():
+def test_a_model_whose_loss_is_constant_has_no_curvature():
     class Constant(nn.Module):
         def forward(self, x):
             return torch.zeros(len(x), 3, dtype=x.dtype) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
 
+    class Detached(nn.Module):
+        def forward(self, x):
+            return torch.zeros(len(x), 3, dtype=x.dtype)
+
+    assert estimate_curvature(Detached(), *examples(2)).hessian_norm.tolist() == [0, 0]
     estimate = estimate_curvature(Constant(), *examples(2))
     assert estimate.hessian_norm.tolist() == estimate.curvature.tolist() == estimate.residual.tolist() == [0, 0]
 
@@ -185,7 +237,13 @@ def test_arguments_are_checked():
     assert list(methods) == ["lanczos", "power"]
     with pytest.raises(ValueError, match="magic"):
         estimate_curvature(model, x, y, method="magic")
-    for wrong in ({"num_iterations": 0}, {"top_k": 0}, {"tol": -1.0}, {"tol": float("nan")}):
+    for labels in (torch.tensor([0, 3]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="has 3 classes"):
+            estimate_curvature(model, x, labels)
+    for images, labels in ((x.byte(), y), (x[:0], y[:0]), (x, y.double())):
+        with pytest.raises(ValueError, match="of shape"):
+            estimate_curvature(model, images, labels)
+    for wrong in ({"num_iterations": 0}, {"top_k": 0}, {"tol": -1.0}, {"tol": float("nan")}, {"trace_probes": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             estimate_curvature(model, x, y, **wrong)
     with pytest.raises(ValueError, match=r"labels of shape \(1,\)"):

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.folding import fold
-from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+from models.layers import STANDARD, CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
+from models.resnet import ResidualBlock
 from utils.curvature import measurable
 from utils.derivatives import (
     DoubleBackwardHessian,
@@ -113,9 +114,48 @@ def test_folding_leaves_the_network_alone_and_knows_its_limits():
     assert fold(hooked) is None
     handle.remove()
     assert fold(hooked) is not None
-    changed = lively("vgg11lcnn")
-    changed.features[1] = nn.Tanh()
-    assert fold(changed) is None
+
+
+class Tanh5(nn.Linear):
+    def forward(self, x):
+        return 5 * torch.tanh(super().forward(x))
+
+
+class OtherBlock(ResidualBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def set_at(model: nn.Module, path: str, change) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, change)
+
+
+CHANGES = {
+    "activation": ("vgg11lcnn", "features.1", nn.Tanh()),
+    "affine BatchNorm": ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(64)),
+    "BatchNorm without statistics": (
+        "vgg11lowbeta",
+        "features.0.norm",
+        nn.BatchNorm2d(64, affine=False, track_running_stats=False),
+    ),
+    "dilation": ("vgg11", "features.0.conv", nn.Conv2d(3, 64, 3, padding=2, dilation=2)),
+    "reflection": ("vgg11", "features.0.conv", nn.Conv2d(3, 64, 3, padding=1, padding_mode="reflect")),
+    "classifier": ("vgg11", "classifier", Tanh5(512, 5)),
+    "dropout": ("resnet18lcnn", "classifier", nn.Sequential(nn.Dropout(), nn.Linear(512, 5))),
+    "a layer more": ("resnet18lcnn", "stages.0.2", nn.Dropout2d()),
+    "pooling": ("vgg11", "features.2", nn.MaxPool2d(3, 2, 1)),
+    "another block": ("resnet18", "stages.0.0", OtherBlock(STANDARD, 64, 64, 1, 16)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_was_changed_is_not_folded(change):
+    arch, path, module = CHANGES[change]
+    model = lively(arch)
+    assert fold(model) is not None
+    set_at(model, path, module.double().eval())
+    assert fold(model) is None
 
 
 LOGITS = torch.tensor([[0.3, -1.2, 2.0], [30.0, -5.0, 0.0], [-40.0, 0.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64)

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 
-from utils.eigenvalues import hutchinson_trace, lanczos, methods, power_method
+from utils.eigenvalues import hutchinson_trace, lanczos, methods, orthogonalize, power_method
 
 
 class Dense:
@@ -76,6 +76,32 @@ def test_the_residual_and_the_bound_hold_after_every_number_of_products(method):
         assert (distance <= found.residuals[:, 0] * value.abs() * (1 + 1e-9) + 1e-15).all()
         assert (found.products == m).all()
         previous = value.abs()
+
+
+def test_the_residual_is_that_of_the_value_reported():
+    """By hand after two products, where the norm reported and the Ritz value of its vector still differ."""
+    h = torch.diag(torch.tensor([3.0, -2.0, 1.0, 0.5], dtype=torch.float64))
+    q = torch.ones(4, 1, dtype=torch.float64) / 2
+    basis, _ = torch.linalg.qr(torch.cat([q, h @ q], dim=1))
+    theta, s = torch.linalg.eigh(basis.T @ h @ basis)
+    top = theta.abs().argmax()
+    norm = torch.linalg.matrix_norm(h @ basis, ord=2) * theta[top].sign()
+    u = basis @ s[:, top]
+    found = lanczos(Dense(h[None]), q.T, 2, 0.0)
+    assert found.values.item() == pytest.approx(norm.item(), rel=1e-12)
+    assert found.residuals.item() == pytest.approx(((h @ u - norm * u).norm() / norm.abs()).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthogonal_to_rounding_also_where_little_is_left(dtype):
+    """x almost within the span: one pass would leave a part of it of the size of its rounding over what is left."""
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(1, 200, 30, dtype=dtype, generator=generator))
+    basis = basis.mT
+    eps = torch.finfo(dtype).eps
+    x = basis.sum(dim=1) + 100 * eps * torch.randn(1, 200, dtype=dtype, generator=generator)
+    rest = orthogonalize(x, basis)
+    assert (basis[0] @ rest[0]).abs().max() < 4 * eps * rest.norm()
 
 
 def test_lanczos_is_never_behind_power():

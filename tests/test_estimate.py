@@ -90,6 +90,12 @@ def folder(photographs, tmp_path_factory):
     del sys.modules["my_models"]
 
 
+SMALL = """
+def small():
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3, 8), nn.Tanh(), nn.Flatten(), nn.Linear(4 * WIDTH, 2))
+"""
+
+
 def in_folder(folder, *flags, check: int | None = 0) -> subprocess.CompletedProcess:
     """The script run from the user's folder, as its documentation shows it."""
     command = [sys.executable, str(ROOT / "estimate_curvature.py"), *map(str, flags)]
@@ -140,7 +146,7 @@ def test_a_users_own_model(folder, photographs, tmp_path):
 
 def test_a_model_that_comes_with_its_weights_and_no_file(folder, photographs):
     result = in_folder(folder, "--model-arch", "my_models:ready", *data_flags(photographs), "--split", "test")
-    assert "my_models:ready: my_models:ready on imagefolder" in result.stdout
+    assert "my_models:ready: its weights as the callable made them, on imagefolder" in result.stdout
     assert "train," not in result.stdout
 
 
@@ -174,7 +180,10 @@ def test_outside_models_are_refused_in_one_line(folder, photographs, flags, code
         (["--model-filename", "x.pt", "--output", "x.txt"], 2, [".csv", ".json"]),
         (["--model-filename", "x.pt", "--plot", "x.pdf"], 2, [".png"]),
         (["--model-filename", "x.pt", "--layers", "x.jpg"], 2, [".png"]),
-        (["--model-filename", "x.pt", "--output", "README.md/x.csv"], 1, ["README.md"]),
+        (["--model-filename", "x.pt", "--output", "x.csv", "--compare", "x.csv"], 2, ["x.csv", "twice"][1:]),
+        (["--model-filename", "x.pt", "--plot", "x.png", "--layers", "x.png"], 2, ["twice"]),
+        (["--compare", "x.csv", "--output", "y.csv"], 2, ["--output", "--model-filename"]),
+        (["--model-filename", "x.pt", "--trace-probes", "-1"], 2, ["--trace-probes"]),
         (["--model-filename", "x.pt", "--tol", "-1"], 2, ["--tol"]),
         (["--compare", "absent.csv"], 1, ["absent.csv", "--output"]),
         (["--compare", "README.md"], 1, ["README.md", "not a result file"]),
@@ -203,7 +212,11 @@ def test_earlier_results_are_compared_in_one_table_and_picture(folder, photograp
     compared = ["--compare", tmp_path / "a.csv", tmp_path / "a.json", "--plot", tmp_path / "both.png"]
     result = run_main(estimate_curvature, compared, capsys)
     assert result.returncode == 0
-    assert len(result.stdout.splitlines()) == 6  # a header, two splits twice, the picture
+    lines = result.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:5]] == [
+        f"my_models:ready ({name})" for name in ("a.csv", "a.json") for _ in "tt"
+    ]
+    assert len(lines) == 6  # a header, two splits twice, the picture
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -212,6 +225,7 @@ def columns(**changes) -> dict[str, np.ndarray]:
     plain = {name: np.arange(1.0, n + 1) for name in ("gradient_norm", "hessian_norm", "curvature", "eigenvalue")}
     plain |= {"index": np.arange(10, 10 + n), "label": np.zeros(n, dtype=np.int64), "residual": np.full(n, 1e-4)}
     plain |= {"products": np.full(n, 7), "converged": np.ones(n, dtype=bool)}
+    plain |= {"predicted": np.array([0, 0, 0, 1, 1, 1]), "loss": np.ones(n)}
     return plain | changes
 
 
@@ -222,26 +236,28 @@ def test_examples_without_a_meaningful_curvature_are_counted_and_left_out(tmp_pa
         "m", "test", columns(gradient_norm=gradient, hessian_norm=hessian, curvature=hessian / (gradient + 1e-6))
     )
     summary = summarize(m)
-    assert summary["left_out"] == {"not finite": 1, "zero gradient": 1, "zero Hessian": 2}
+    assert summary["left_out"] == {"not finite": 1, "zero gradient": 1, "zero Hessian": 1}
     assert (summary["examples"], summary["averaged"]) == (6, 3)
     assert summary["hessian_norm"]["mean"] == pytest.approx(10 / 3)
     text = format_measurement(m)
     assert "1 with not finite (index 13)" in text
     assert "1 with zero gradient (index 11)" in text
-    assert "2 with zero Hessian (index 11, 14)" in text
+    assert "1 with zero Hessian (index 14)" in text
     write_measurements(tmp_path / "m.json", [m], {})  # NaN is no JSON
     json.loads((tmp_path / "m.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
     assert math.isnan(read_measurements(tmp_path / "m.json")[0].columns["hessian_norm"][3])
 
 
 def test_the_summary_is_numpys():
-    values = np.random.default_rng(0).lognormal(size=200)
-    quantities = dict.fromkeys(("gradient_norm", "hessian_norm", "curvature"), values)
-    m = Measurement("m", "test", {"index": np.arange(200)} | quantities)
+    values = np.random.default_rng(0).lognormal(size=600)
+    n = len(values)
+    m = Measurement("m", "test", {name: np.resize(column, n) for name, column in columns(curvature=values).items()})
     found = summarize(m)["curvature"]
     assert found["mean"] == pytest.approx(values.mean())
     assert found["sd"] == pytest.approx(values.std())
     assert [found[q] for q in ("q05", "median", "q95")] == pytest.approx(np.percentile(values, [5, 50, 95]))
+    assert summarize(m)["accuracy"] == 50
+    assert "accuracy 50.00 %" in format_measurement(m)
     assert "lower bounds" not in format_measurement(m)
     unconverged = Measurement("m", "test", columns(converged=np.array([True] * 5 + [False])))
     assert "5 of 6 converged" in format_measurement(unconverged)
@@ -271,6 +287,63 @@ def test_two_processes_find_what_one_does(folder, photographs, tmp_path):
         outputs[name] = result.stdout.replace(f"{name}.csv", "")
     assert outputs["one"] == outputs["two"]  # printed once, by the first process
     assert rows_of(tmp_path / "one.csv") == rows_of(tmp_path / "two.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("head.csv", "model,split,index\n"),
+        ("part.csv", "model,split,index,label,gradient_norm,hessian_norm,curvature\nm,test,1,1,1,1,1\n"),
+        ("wide.csv", 'model,split\n"' + "x" * 200_000),
+        ("deep.json", "[" * 100_000),
+        ("list.json", "[1, 2]"),
+        ("text.json", "curvature"),
+    ],
+)
+def test_files_that_are_no_results_are_refused(name, text, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    result = run_main(estimate_curvature, ["--compare", tmp_path / name], capsys)
+    assert_one_line_error(result, 1, name, "not a result file")
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_measured(folder, photographs, tmp_path, capsys):
+    flags = ["--model-arch", "my_models:ready", *data_flags(photographs)]
+    (tmp_path / "file").write_text("")
+    for more, code, words in (
+        (["--output", tmp_path / "file" / "x.csv"], 1, ["x.csv", "cannot be written"]),
+        (["--top-k", 5000, "--num-power-iter", 5000], 2, ["--top-k 5000", "768"]),
+    ):
+        result = run_main(estimate_curvature, [*flags, *more], capsys)
+        assert_one_line_error(result, code, *words)
+        assert result.stdout == ""
+
+
+def test_a_users_packages_may_be_called_as_ours_are(photographs, tmp_path, monkeypatch, capsys):
+    """models/ and utils.py are common names; what the user's file imports must be the user's, and ours stay ours."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small.py").write_text("from torch import nn\nfrom utils import WIDTH\n" + SMALL)
+    (tmp_path / "utils.py").write_text("WIDTH = 3\n")
+    (tmp_path / "theirs.py").write_text("def net():\n    from models.small import small\n    return small()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    for arch in ("models.small:small", "theirs:net"):
+        few = ["--num-samples", 1, "--num-power-iter", 1, "--split", "test"]
+        result = run_main(estimate_curvature, ["--model-arch", arch, *data_flags(photographs), *few], capsys)
+        assert result.returncode == 0, result.stderr
+    import models.layers
+    import utils.cli
+
+    assert models.layers.__file__.startswith(str(ROOT))
+    assert utils.cli.__file__.startswith(str(ROOT))
+
+
+def test_sixteen_bit_weights_are_measured_in_float32(folder, photographs, tmp_path, capsys):
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in torch.load(folder / "plain.pt").items()}
+    torch.save(state, tmp_path / "half.pt")
+    flags = ["--model-arch", "my_models:WideResNet", "--model-filename", tmp_path / "half.pt", "--num-samples", 2]
+    result = run_main(estimate_curvature, [*flags, *data_flags(photographs)], capsys)
+    assert result.returncode == 0, result.stderr
+    assert "measured in float32" in result.stdout
 
 
 def test_samples_beyond_the_split_are_the_split(folder, photographs, capsys):

@@ -169,6 +169,15 @@ def test_curvature_without_folding(reference):
     assert (plain.hessian_norm.numpy() <= np.abs(golden["hessian_top_eigenvalue"][:1]) * (1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("reference", ["vgg11lcnn"], indirect=True)
+def test_converged_curvature_without_folding(reference):
+    _, golden, _, x, y, paths = reference
+    settings = {"num_iterations": 60, "tol": 1e-4, "generator": torch.Generator().manual_seed(0)}
+    estimate = estimate_curvature(load_model(paths[torch.float64]), x, y, **settings, use_folding=False)
+    np.testing.assert_allclose(estimate.eigenvalue, golden["hessian_top_eigenvalue"], rtol=1e-6)
+    np.testing.assert_allclose(estimate.curvature, golden["curvature"], rtol=1e-6)
+
+
 def test_the_architecture_is_recognized_and_checked(reference):
     name, _, _, _, _, paths = reference
     path = paths[torch.float32]

@@ -62,7 +62,9 @@ image_size = number(int, 16, multiple_of=16)
 def device(text: str) -> torch.device:
     """An argparse type: "auto" (a GPU where there is one) or a torch device that works here."""
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cuda" and torch.cuda.is_available():  # torchrun's processes take a GPU each
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         chosen = torch.device(text)
         torch.empty(1, device=chosen)
@@ -117,6 +119,10 @@ def run(
         message, code = str(error), error.exit_code
     except torch.OutOfMemoryError as error:
         message, code = f"out of memory ({str(error).splitlines()[0]}); try a smaller --batch-size", 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
+        message, code = "out of memory; try a smaller --batch-size", 1
     except OSError as error:
         message, code = str(error), 1
     except KeyboardInterrupt:

@@ -22,7 +22,8 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True)
 class CurvatureEstimate:
-    """What estimate_curvature found: (N,) tensors, one entry per example, on the images' device and in their dtype."""
+    """What estimate_curvature found: (N,) tensors, one entry per example, on the images' device; in their dtype unless
+    another is named."""
 
     hessian_norm: Tensor  # h = ||Hessian of the loss||_2, the magnitude of its largest eigenvalue
     gradient_norm: Tensor  # g = ||gradient of the loss||_2
@@ -76,20 +77,24 @@ def frozen_in_eval(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float32_proper() -> Iterator[None]:
-    """Convolutions on a GPU in float32: TF32, torch's default there, has three digits, too few for second derivatives.
+    """Arithmetic on a GPU in float32: TF32, torch's default for convolutions, has three digits, too few for second
+    derivatives.
 
-    Settings made through torch's newer fp32_precision, which this one must not be mixed with, stay as they are.
+    Settings made through torch's newer fp32_precision, which these must not be mixed with, stay as they are.
     """
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     try:
-        allowed = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
+        allowed = [backend.allow_tf32 for backend in backends]
     except RuntimeError:
         yield
         return
     try:
+        for backend in backends:
+            backend.allow_tf32 = False
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+        for backend, was in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = was
 
 
 @contextmanager
@@ -115,11 +120,13 @@ def starting_vectors(method: str, gradient: Tensor, generator: Generators) -> Te
     """Random directions for the power method, as in the paper; the Lanczos method adds the input gradient to them.
 
     The gradient leans towards the top eigenvectors (both are made of the logits' gradients): it saves a product or so.
-    The random half keeps the method from being blind to what is orthogonal to the gradient.
+    The random half keeps the method from being blind to what is orthogonal to the gradient; it is turned to the
+    gradient's side, so that the two do not cancel.
     """
     start = normalize(draw_normal(gradient, generator).flatten(1))
     if method == "lanczos":
-        start = start + normalize(gradient.flatten(1))
+        direction = normalize(gradient.flatten(1))
+        start = torch.where((start * direction).sum(dim=1, keepdim=True) < 0, -start, start) + direction
     return start.view_as(gradient)
 
 
@@ -146,23 +153,28 @@ def estimate_curvature(
         labels: (N,) class indices.
         method: a key of ``methods``: "lanczos", or "power" for power iteration, the paper's.
         num_iterations: the most Hessian-vector products to spend on an example.
-        tol: an example is done when its relative residual is this small. The eigenvalue's relative error is then at
-            most tol, and usually near its square.
+        tol: an example is done when its relative residual is this small: some eigenvalue is then within tol of the one
+            found, usually within tol^2, and only by a rare accident is it not the largest.
         generator: draws the starting vectors. One for every example makes its result independent of its batch.
-        top_k: how many eigenvalues to find; the residual is then the largest of theirs, relative to the first.
+        top_k: how many eigenvalues to find; the residual is then the largest of theirs, each relative to its own
+            magnitude or, for those smaller than that, to a thousandth of the first's.
         trace_probes: Hessian-vector products per example for the trace of its Hessian; 0 for no trace.
-        use_folding: False differentiates every model by double backward.
+        use_folding: False differentiates our networks by double backward like any other; a FoldedNetwork stays one.
 
     Raises:
         ValueError: on an unknown method, numbers that make no sense, or labels that do not fit the images.
     """
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(methods)}")
-    for name, number, least in (("num_iterations", num_iterations, 1), ("top_k", top_k, 1), ("tol", tol, 0)):
+    numbers = {"num_iterations": num_iterations, "top_k": top_k, "tol": tol, "trace_probes": trace_probes}
+    for name, number in numbers.items():
+        least = 1 if name in ("num_iterations", "top_k") else 0
         if not number >= least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
-    if len(images) != len(labels) or labels.ndim != 1:
-        raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)}")
+    if not images.is_floating_point() or not len(images):
+        raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype}; give one or more, floating point")
+    if len(images) != len(labels) or labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)} and {labels.dtype}")
     with measurable(model, use_folding) as network:
         hessian = input_hessian(network, images, labels)
         trace = trace_error = None

@@ -51,6 +51,12 @@ class CrossEntropyGradient(torch.autograd.Function):
         return cross_entropy_hessian_product(logits, dz), None
 
 
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raise ValueError unless every label is a class: on a GPU a wrong index would end the process."""
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, but the model has {logits.shape[1]} classes")
+
+
 class InputHessian(ABC):
     """The Hessian H of each example's loss with respect to its pixels, as an operator.
 
@@ -87,10 +93,13 @@ class DoubleBackwardHessian(InputHessian):
         # fused attention has no second derivative; a clone, for models that begin with something in place
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._logits = self.model(self._at.clone())
-            residual = CrossEntropyGradient.apply(self._logits, self.labels)
-            (self._gradient,) = torch.autograd.grad(
-                self._logits, self._at, residual, create_graph=True, materialize_grads=True
-            )
+            check_labels(self.labels, self._logits)
+            self._gradient = torch.zeros_like(self.images)
+            if self._logits.requires_grad:
+                residual = CrossEntropyGradient.apply(self._logits, self.labels)
+                (self._gradient,) = torch.autograd.grad(
+                    self._logits, self._at, residual, create_graph=True, materialize_grads=True
+                )
         self._rows = torch.arange(len(self.images), device=self.images.device)
 
     def product(self, v):
@@ -105,6 +114,7 @@ class DoubleBackwardHessian(InputHessian):
         self.images, self.labels, self._rows = self.images[keep], self.labels[keep], self._rows[keep]
         # a new graph costs about a product: worth it once a quarter of the old one is idle
         if 0 < len(self._rows) <= 0.75 * len(self._at):
+            self._logits = self._gradient = None  # the old graph goes before the new one comes
             self._build_graph()
 
 
@@ -116,6 +126,7 @@ class FoldedHessian(InputHessian):
         self._chain = network.chain
         self._kept: Kept = {}
         self.logits = self._logits = self._chain.forward(images, self._kept)
+        check_labels(labels, self.logits)
         self.loss = cross_entropy(self.logits, labels)
         self.gradient = self._chain.backward(cross_entropy_gradient(self.logits, labels), self._kept)
 

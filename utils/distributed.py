@@ -3,17 +3,21 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes, if torchrun started any. What they exchange is small: gloo carries it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join the other processes, if torchrun started any. What they exchange is small: gloo carries it.
+
+    One may wait long for another's share; a process that fails is noticed by torchrun, which ends the others.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from utils.derivatives import InputHessian
 
+ZERO_BESIDE_FIRST = 1e-3  # an eigenvalue this small beside the first need not be known to its own digits
+
 
 @dataclass(frozen=True)
 class Eigenvalues:
@@ -23,7 +25,7 @@ class Eigenvalues:
     """
 
     values: Tensor  # (N, k) signed
-    residuals: Tensor  # (N, k) ||H u - lambda u|| / |lambda_1|, u the eigenvector found for lambda; 0 where H = 0
+    residuals: Tensor  # (N, k) ||H u - lambda u|| / |lambda|, u the eigenvector found for lambda; 0 where H = 0
     products: Tensor  # (N,) products H v spent
 
 
@@ -51,12 +53,10 @@ class Record:
         self.rows = torch.arange(num_examples)
 
     def update(self, values: Tensor, residuals: Tensor) -> Tensor:
-        """Note the (n, k) results after one more product for the rows at work; which of those must go on, (n,)."""
+        """Note the (n, k) results after one more product for the rows at work; which of those have not converged."""
         self.values[self.rows], self.residuals[self.rows] = values, residuals
         self.products[self.rows] += 1
-        go_on = (residuals > self.tol).any(dim=1)  # False for NaN: more products will not mend it
-        self.rows = self.rows[go_on]
-        return go_on
+        return (residuals > self.tol).any(dim=1)  # False for NaN: more products will not mend it
 
     def eigenvalues(self) -> Eigenvalues:
         return Eigenvalues(self.values.to(self.like), self.residuals.to(self.like), self.products.to(self.like.device))
@@ -82,18 +82,19 @@ def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol:
         raise ValueError("the power method finds one eigenvalue; use method lanczos for more")
     record = Record(len(start), 1, tol, start)
     u = normalize(start.flatten(1))
-    for _ in range(num_iterations):
+    for m in range(num_iterations):
         product = hessian.product(u.view(-1, *start.shape[1:])).flatten(1)
         norm = norms(product)
         value = torch.where((u * product).sum(dim=1) < 0, -norm, norm)
         residual = norms(product - value[:, None] * u) / torch.where(norm > 0, norm, 1)
-        go_on = record.update(*(x.cpu().double()[:, None] for x in (value, residual))).to(u.device)
-        if not go_on.any():
+        go_on = record.update(*(x.cpu().double()[:, None] for x in (value, residual)))
+        if m + 1 == num_iterations or not go_on.any():
             break
         u = normalize(product)
         if not go_on.all():
-            hessian.restrict(go_on)
-            u = u[go_on]
+            u = u[go_on.to(u.device)]
+            record.rows = record.rows[go_on]
+            hessian.restrict(go_on.to(u.device))
     return record.eigenvalues()
 
 
@@ -112,7 +113,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         hessian: N operators.
         start: (N, ...), the first q up to scale.
         num_iterations: the most products to spend on an example.
-        tol: the residual at which an eigenvalue is good; an example is done when its k are.
+        tol: the residual at which an eigenvalue is good; an example is done when its k are, twice in succession.
         k: how many eigenvalues, no more than H has.
     """
     shape, dimension = start.shape[1:], start[0].numel()
@@ -121,11 +122,15 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     steps = min(num_iterations, dimension)
     eps = torch.finfo(start.dtype).eps
     record = Record(len(start), k, tol, start)
-    basis = start.new_empty(len(start), steps, dimension)  # row m is q_(m+1)
-    tridiagonal = torch.zeros(len(start), steps, steps, dtype=torch.float64)
+    basis = start.new_empty(len(start), min(steps, 16), dimension)  # row m is q_(m+1); grows when it is full
+    tridiagonal = torch.zeros(len(start), 0, 0, dtype=torch.float64)
     scale = start.new_zeros(len(start))  # the largest ||H q|| so far
+    last_beta = torch.zeros(len(start), dtype=torch.float64)
+    was_small = torch.zeros(len(start), dtype=torch.bool)  # the residual, one product ago
     q = normalize(start.flatten(1))
     for m in range(steps):
+        if m == basis.shape[1]:
+            basis = torch.cat([basis, torch.empty_like(basis)], dim=1)
         basis[:, m] = q
         product = hessian.product(q.view(-1, *shape)).flatten(1)
         alpha, scale = (product * q).sum(dim=1), torch.maximum(scale, norms(product))
@@ -134,12 +139,18 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         exhausted = beta <= 10 * eps * scale  # rounding is all that is left
         beta = torch.where(exhausted, 0, beta)
 
+        tridiagonal = F.pad(tridiagonal, (0, 1, 0, 1))
         tridiagonal[:, m, m] = alpha.cpu().double()
+        if m > 0:
+            tridiagonal[:, m, m - 1] = tridiagonal[:, m - 1, m] = last_beta
         last_beta = beta.cpu().double()
-        go_on = record.update(*ritz_values(tridiagonal[:, : m + 1, : m + 1], last_beta, k))
+        is_small = ~record.update(*ritz_values(tridiagonal, last_beta, k, 10 * eps))
+        # One small residual may be that of a lesser eigenvector which the start leans to, seen before the top one has
+        # grown out of the rounding; it does not last. An exhausted space holds nothing more to come.
+        go_on = ~(is_small & (was_small | (last_beta == 0) | ~last_beta.isfinite()))
+        was_small = is_small
         if m + 1 == steps or not go_on.any():
             break
-        tridiagonal[:, m, m + 1] = tridiagonal[:, m + 1, m] = last_beta
         q = rest / torch.where(exhausted, 1, beta)[:, None]
         if exhausted.any():
             generator = torch.Generator().manual_seed(m)
@@ -149,7 +160,10 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         if not go_on.all():
             on_device = go_on.to(q.device)
             hessian.restrict(on_device)
-            q, basis, scale, tridiagonal = q[on_device], basis[on_device], scale[on_device], tridiagonal[go_on]
+            q, scale = q[on_device], scale[on_device]
+            basis = basis[:, : m + 1][on_device]
+            tridiagonal, last_beta, was_small = tridiagonal[go_on], last_beta[go_on], was_small[go_on]
+            record.rows = record.rows[go_on]
     return record.eigenvalues()
 
 
@@ -161,8 +175,10 @@ def orthogonalize(x: Tensor, basis: Tensor) -> Tensor:
     return x
 
 
-def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int, rounding: float) -> tuple[Tensor, Tensor]:
     """(N, k) eigenvalues and relative residuals after m products, from T (N, m, m) and the last beta (N,).
+
+    No residual is said to be below ``rounding``, that of the products: T would not show it.
 
     NaN where T is not finite; where m < k, NaN with an infinite residual for those not found yet.
     """
@@ -179,7 +195,9 @@ def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int) -> tuple[Tensor, Tens
     residual[:, 0] = torch.hypot(residual[:, 0], norm - value[:, 0].abs())  # of the value reported
     value[:, 0] = torch.where(value[:, 0] < 0, -norm, norm)
 
-    residual = residual / torch.where(norm > 0, norm, 1)[:, None]
+    # relative to each eigenvalue's own magnitude, but what is zero beside the first can only be told to be that
+    scale = torch.maximum(value.abs(), ZERO_BESIDE_FIRST * norm[:, None])
+    residual = torch.where(scale > 0, (residual / scale).clamp_min(rounding), 0)
     missing = (0, k - value.shape[1])
     value, residual = F.pad(value, missing, value=torch.nan), F.pad(residual, missing, value=torch.inf)
     value[~finite] = residual[~finite] = torch.nan
@@ -202,7 +220,8 @@ def hutchinson_trace(hessian: InputHessian, num_probes: int, draw: Callable[[], 
         v = draw()
         samples.append((v * hessian.product(v)).flatten(1).sum(dim=1))
     samples = torch.stack(samples)
-    return samples.mean(dim=0), samples.std(dim=0) / num_probes**0.5
+    error = samples.std(dim=0) / num_probes**0.5 if num_probes > 1 else torch.full_like(samples[0], torch.nan)
+    return samples.mean(dim=0), error
 
 
 methods = {"lanczos": lanczos, "power": power_method}

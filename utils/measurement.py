@@ -11,9 +11,7 @@ from models.folding import FoldedNetwork
 from utils.curvature import CurvatureEstimate, estimate_curvature
 from utils.distributed import gather_shares, own_share
 from utils.progress import progress
-from utils.results import Measurement
-
-EVALUATION_BATCH = 250
+from utils.results import COLUMNS, Measurement
 
 
 def choose_examples(num_examples: int, count: int, seed: int) -> Tensor:
@@ -26,17 +24,6 @@ def example_generators(indices: Tensor, seed: int) -> list[torch.Generator]:
     """A random generator for each example, which only the seed and its position in the split decide: what is estimated
     does not depend on the batch, the order, or the process an example comes in."""
     return [torch.Generator().manual_seed(epoch_seed(seed, index)) for index in indices.tolist()]
-
-
-def measure_accuracy(model: nn.Module | FoldedNetwork, split: Split, dtype: torch.dtype) -> float:
-    """Accuracy on a split in percent, on every process; the model is in eval mode."""
-    parts = own_share(list(torch.arange(len(split), device=split.images.device).split(EVALUATION_BATCH)))
-    correct = []
-    with torch.no_grad():
-        for part in progress(parts, "test accuracy", sum(map(len, parts)), "examples", size=len):
-            batch = split[part]
-            correct.append(int((model(to_pixels(batch.images, dtype)).argmax(dim=1) == batch.labels).sum()))
-    return 100 * sum(gather_shares(correct)) / len(split)
 
 
 def measure_split(
@@ -74,9 +61,8 @@ def as_measurement(
     model: str | Path, split: str, indices: Tensor, labels: Tensor, estimate: CurvatureEstimate
 ) -> Measurement:
     """The columns of a result file, one row per example."""
-    names = ["predicted", "loss", "gradient_norm", "hessian_norm", "curvature", "eigenvalue", "residual"]
-    columns = {"index": indices, "label": labels} | {name: getattr(estimate, name) for name in names}
-    columns |= {"products": estimate.products, "converged": estimate.converged}
+    columns = {"index": indices, "label": labels}
+    columns |= {name: getattr(estimate, name) for name in COLUMNS if name not in columns}
     for k in range(1, estimate.eigenvalues.shape[1]):
         columns[f"eigenvalue_{k + 1}"] = estimate.eigenvalues[:, k]
     if estimate.trace is not None:

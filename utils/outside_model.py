@@ -3,11 +3,12 @@
 import functools
 import importlib
 import inspect
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,42 @@ from utils.errors import UsageError, UserError, one_line
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
 PARALLEL = "module."  # DataParallel's prefix to every key
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def is_outside(model_arch: str) -> bool:
     """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures."""
     return ":" in model_arch
+
+
+OWN_NAMES = ("models", "utils", "data")  # our packages, which a user's project may well have, too
+
+
+@contextmanager
+def users_modules() -> Iterator[None]:
+    """The current directory first in the search for modules; where it has a package named as one of ours, that one.
+
+    Ours are put back afterwards. sys.path keeps the directory: the model's code may import more from it later.
+    """
+    here = Path.cwd()
+    if sys.path[0] != str(here):
+        sys.path.insert(0, str(here))
+    path = list(sys.path)
+    clashing = [] if here == PROJECT else [n for n in OWN_NAMES if (here / n).is_dir() or (here / f"{n}.py").is_file()]
+
+    def take() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.split(".")[0] in clashing]
+        return {name: sys.modules.pop(name) for name in names}
+
+    ours = take()
+    if clashing:  # or our package would win over a folder of theirs without __init__.py
+        sys.path[:] = [entry for entry in path if Path(entry).resolve() != PROJECT]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        take()
+        sys.modules.update(ours)
 
 
 def import_callable(model_arch: str) -> Callable[..., nn.Module]:
@@ -30,8 +62,6 @@ def import_callable(model_arch: str) -> Callable[..., nn.Module]:
         UsageError: if the module cannot be imported, has no such attribute, or that is not something to call.
     """
     module_name, _, attribute = model_arch.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # and it stays: the callable may import more from there
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # it is the user's code: it may raise anything, or be a script that exits
@@ -128,11 +158,12 @@ def build_outside_model(model_arch: str, path: str | Path | None, num_classes: i
         UsageError: if model_arch names nothing that can be called, or that returns no nn.Module.
         UserError: if the callable fails, the file is missing or damaged, or its weights do not fit the model.
     """
-    builder = import_callable(model_arch)
-    try:
-        model = call_with_num_classes(builder, num_classes)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{model_arch}: failed to build the model ({one_line(error)}); mend the function") from error
+    with users_modules():
+        builder = import_callable(model_arch)
+        try:
+            model = call_with_num_classes(builder, num_classes)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{model_arch}: failed to build the model ({one_line(error)}); mend it") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
     if path is not None:
@@ -144,4 +175,5 @@ def build_outside_model(model_arch: str, path: str | Path | None, num_classes: i
                 f"{path}: the weights do not fit {model_arch} with {num_classes} classes ({one_line(error)}); "
                 "give the model or the data set they were trained for"
             ) from error
-    return model.eval()
+    model.eval()
+    return model

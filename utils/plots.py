@@ -32,7 +32,9 @@ def draw_bars(axis, title: str, values: list[float], names: list[str] | None = N
     """A bar for each layer, from input to output; numbered, or named below."""
     positions = range(1, len(values) + 1)
     axis.bar(positions, values)
-    axis.set(xlabel="layer, input to output", title=title, yscale="log")  # one may be a hundred times another
+    # a log axis, as one may be a hundred times another; from a power of ten, for bars need a foot to be compared
+    foot = 10.0 ** np.floor(np.log10(min(values)) - 1e-9)
+    axis.set(xlabel="layer, input to output", title=title, yscale="log", ylim=(foot, 1.2 * max(values)))
     if names:
         axis.set_xticks(positions, names, rotation=90, fontsize=6)  # as small as resnet34's 36 names need to fit
 
@@ -83,15 +85,18 @@ def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]
         measurements: named; a violin for each, of the examples that enter its averages.
     """
     figure, axes = new_figure(len(QUANTITIES))
-    labels = [f"{name}\n{measurement.split}" for name, measurement in measurements]
+    labels = [f"{name}\n{m.split}, {m.averaged().sum()} examples" for name, m in measurements]
     for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
-        logs = [np.log10(m.columns[quantity][m.averaged()]) for _, m in measurements]
+        values = [m.columns[quantity][m.averaged()] for _, m in measurements]
+        logs = [np.log10(v[v > 0]) for v in values]
         drawn = [i for i, values in enumerate(logs) if len(values)]
         if drawn:
-            axis.violinplot([logs[i] for i in drawn], positions=drawn, showmedians=True, widths=0.8)
-        axis.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=7)
+            axis.violinplot([logs[i] for i in drawn], positions=drawn, widths=0.8)
+            medians = [np.log10(np.median(10 ** logs[i])) for i in drawn]
+            axis.hlines(medians, np.array(drawn) - 0.3, np.array(drawn) + 0.3)
+        axis.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) < 5 else 90, ha="right", fontsize=7)
         axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
-        axis.set(title=title)
+        axis.set(title=title, ylabel="by example; bars: extremes and median")
         axis.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
 
@@ -104,8 +109,9 @@ def plot_layers(path: Path, tables: list[tuple[str, LayerTable]]) -> None:
     """
     figure, axes = new_figure(2, rows=len(tables))
     for (label, table), panels in zip(tables, axes.reshape(-1, 2), strict=True):
+        panels[0].set_ylabel(label)
         for axis, quantity in zip(panels, ("beta", "gamma"), strict=True):
             values = {row.name: getattr(row, quantity) for row in table.rows}
             values = {name: value for name, value in values.items() if value is not None}
-            draw_bars(axis, f"{label}: {quantity}", list(values.values()), list(values))
+            draw_bars(axis, f"{quantity} by layer", list(values.values()), list(values))
     save_figure(figure, path)

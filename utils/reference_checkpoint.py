@@ -96,7 +96,10 @@ def convert_reference_checkpoint(state: dict[str, Tensor]) -> dict:
     """
     arch = reference_architecture(state)
     if arch is None:
-        raise UserError("is neither a checkpoint of this program nor a state_dict of the reference code's networks")
+        raise UserError(
+            "neither a checkpoint of this program nor a state_dict of the reference code's networks; for any other "
+            "model estimate_curvature.py needs --model-arch package.module:callable"
+        )
     converted = {our_key(key, arch): value for key, value in state.items()}
     if not arch.endswith("lcnn"):  # the reference's standard networks carry a gamma that nothing uses
         converted = {key: value for key, value in converted.items() if not key.endswith("log_gamma")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import write_atomically, write_csv
 
 QUANTITIES = {
@@ -18,7 +18,7 @@ QUANTITIES = {
     "curvature": "normalized curvature C",
 }
 INTEGERS = {"index", "label", "predicted", "products"}
-REQUIRED = {"model", "split", "index", *QUANTITIES}  # what a file must have to be compared with others
+COLUMNS = ["index", "label", "predicted", "loss", *QUANTITIES, "eigenvalue", "residual", "products", "converged"]
 INDICES_SHOWN = 5
 
 
@@ -28,19 +28,24 @@ class Measurement:
 
     model: str  # the checkpoint's path, or the callable that made the model
     split: str  # train or test
-    columns: dict[str, np.ndarray]  # name -> (N,): index, label, ..., as in a result file
+    columns: dict[str, np.ndarray]  # name -> (N,): COLUMNS, and with --top-k and --trace-probes more
+    source: str = ""  # the result file it was read from
 
     def __len__(self) -> int:
         return len(self.columns["index"])
 
     def left_out(self) -> dict[str, np.ndarray]:
-        """Reason -> (N,) mask of the examples for which C means nothing, and which no average may hide.
+        """Reason -> (N,) mask of the examples for which C means nothing, and which no average may hide; one each.
 
         A gradient or Hessian of exactly 0 is a loss that has underflowed or does not depend on the pixels.
         """
         gradient, hessian = self.columns["gradient_norm"], self.columns["hessian_norm"]
         not_finite = ~(np.isfinite(gradient) & np.isfinite(hessian) & np.isfinite(self.columns["curvature"]))
-        return {"not finite": not_finite, "zero gradient": gradient == 0, "zero Hessian": hessian == 0}
+        return {
+            "not finite": not_finite,
+            "zero gradient": ~not_finite & (gradient == 0),
+            "zero Hessian": ~not_finite & (gradient != 0) & (hessian == 0),
+        }
 
     def averaged(self) -> np.ndarray:
         """(N,) mask of the examples that enter averages and pictures: those not left out."""
@@ -71,60 +76,77 @@ def summarize(measurement: Measurement) -> dict:
     for name, column in columns.items():
         if name.startswith(("eigenvalue_", "trace")):
             summary[name] = distribution(column[averaged & np.isfinite(column)])
-    if "residual" in columns:
-        residual = columns["residual"][averaged]
-        summary["worst_residual"] = residual.max(initial=0.0)
-        summary["converged"] = int(columns["converged"].sum())
-        summary["products"] = int(columns["products"].sum())
+    summary["accuracy"] = 100 * np.mean(columns["predicted"] == columns["label"])
+    summary["worst_residual"] = columns["residual"][averaged].max(initial=0.0)
+    summary["converged"] = int((columns["converged"] & averaged).sum())
+    summary["products"] = int(columns["products"].sum())
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in summary.items()}
 
 
 def format_measurement(measurement: Measurement) -> str:
     """The summary for the screen."""
     summary = summarize(measurement)
-    count = summary["examples"]
-    lines = [f"  {measurement.split}, {count} examples{'':<10}  mean +/- sd           median       5 %         95 %"]
+    count, averaged, converged = summary["examples"], summary["averaged"], summary["converged"]
     titles = dict(QUANTITIES)
     titles |= {name: name.replace("_", " ") for name in summary if name.startswith(("eigenvalue_", "trace"))}
+    titles |= {"trace_error": "  its standard error"} if "trace_error" in titles else {}
+    head = f"  {measurement.split}, {count} examples, accuracy {summary['accuracy']:.2f} %"
+    lines = [head, f"    {'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %"]
     for name, title in titles.items():
         d = summary[name]
         spread = f"{d['mean']:.5g} +/- {d['sd']:.3g}"
-        lines.append(f"    {title:<26} {spread:<21} {d['median']:<12.5g} {d['q05']:<11.4g} {d['q95']:.4g}")
-    if "products" in summary:
-        mean, most = summary["products"] / count, measurement.columns["products"].max()
-        converged = summary["converged"]
+        lines.append(f"    {title:<26} {spread:<26} {d['median']:<13.5g}{d['q05']:<11.4g} {d['q95']:.4g}")
+    lines.append(
+        f"    {converged} of {averaged} converged; worst relative residual {summary['worst_residual']:.2g}; "
+        f"{summary['products']} Hessian-vector products, {summary['products'] / count:.3g} an example"
+    )
+    if not averaged:
         lines.append(
-            f"    {converged} of {count} converged; worst relative residual {summary['worst_residual']:.2g}; "
-            f"{summary['products']} Hessian-vector products, {mean:.3g} an example, at most {most}"
+            "    nothing is left to average; where a loss has underflowed, weights saved in float64 can tell more"
         )
-        if converged < count - summary["left_out"]["not finite"]:
-            lines.append("    the others are lower bounds; a larger --num-power-iter brings them closer")
+    if converged < averaged:
+        lines.append("    the others' Hessian norms are lower bounds; a larger --num-power-iter brings them closer")
     for reason, mask in measurement.left_out().items():
         if mask.any():
             where = ", ".join(map(str, measurement.columns["index"][mask][:INDICES_SHOWN]))
             more = ", ..." if mask.sum() > INDICES_SHOWN else ""
-            lines.append(f"    left out of the above: {mask.sum()} with {reason} (index {where}{more})")
+            lines.append(f"    left out of these figures: {mask.sum()} with {reason} (index {where}{more})")
     return "\n".join(lines)
 
 
 def model_names(measurements: Sequence[Measurement]) -> list[str]:
-    """A name for each measurement's model: its file's, or the whole path where two files have the same."""
-    paths = {m.model for m in measurements}
-    distinct = len({Path(path).stem for path in paths}) == len(paths)
-    return [Path(m.model).stem if distinct else m.model for m in measurements]
+    """A short name for each measurement's model: its file's, as much longer as it takes to tell them apart."""
+
+    def distinct(names: list[str]) -> bool:
+        pairs = {(name, m.split) for name, m in zip(names, measurements, strict=True)}
+        models = {(name, m.model) for name, m in zip(names, measurements, strict=True)}
+        return len(pairs) == len(measurements) and len(models) == len(set(names))
+
+    sources = [f" ({Path(m.source).name})" if m.source else "" for m in measurements]
+    stems = [Path(m.model).stem for m in measurements]
+    paths = [m.model for m in measurements]
+    for names in (stems, paths, [a + b for a, b in zip(stems, sources, strict=True)]):
+        if distinct(names):
+            return names
+    return [f"{m.model} ({m.source})" if m.source else m.model for m in measurements]
 
 
 def comparison_table(measurements: Sequence[Measurement]) -> str:
-    """All measurements side by side, a row for each: means, and the median curvature."""
+    """All measurements side by side, a row for each: accuracy, means, and the median curvature."""
     names = model_names(measurements)
     width = max(map(len, ["model", *names]))
-    lines = [f"{'model':<{width}}  split  examples  ||grad l||  ||hess l||           C    median C  converged"]
+    titles = ("accuracy", "||grad l||", "||hess l||", "C", "median C", "converged")
+    lines = [f"{'model':<{width}}  split  examples" + "".join(f"{title:>12}" for title in titles)]
     for name, m in zip(names, measurements, strict=True):
         summary = summarize(m)
         numbers = [summary[quantity]["mean"] for quantity in QUANTITIES] + [summary["curvature"]["median"]]
-        row = "".join(f"{number:>12.4g}" for number in numbers)
-        converged = f"{summary['converged'] / max(1, len(m)):>9.0%}" if "converged" in summary else ""
-        lines.append(f"{name:<{width}}  {m.split:<5}  {summary['averaged']:>8}{row[2:]}  {converged}")
+        cells = [f"{summary['accuracy']:.2f} %", *(f"{number:.4g}" for number in numbers)]
+        cells.append(f"{summary['converged'] / max(1, summary['averaged']):.0%}")
+        row = "".join(f"{cell:>12}" for cell in cells)
+        lines.append(f"{name:<{width}}  {m.split:<5}  {summary['examples']:>8}{row}")
+    for split in sorted({m.split for m in measurements}):
+        if len({tuple(m.columns["index"]) for m in measurements if m.split == split}) > 1:
+            lines.append(f"not all rows of the {split} split are of the same examples")
     return "\n".join(lines)
 
 
@@ -168,19 +190,21 @@ def read_measurements(path: Path) -> list[Measurement]:
         else:
             with open(path, newline="") as file:
                 rows = list(csv.DictReader(file))
-        if not rows or (missing := REQUIRED - rows[0].keys()):
+        if not rows or (missing := {"model", "split", *COLUMNS} - rows[0].keys()):
             raise ValueError(f"no {', '.join(sorted(missing))}" if rows else "no rows")
         groups: dict[tuple[str, str], list[dict]] = {}
         for row in rows:
-            groups.setdefault((row["model"], row["split"]), []).append(row)
+            groups.setdefault((str(row["model"]), str(row["split"])), []).append(row)
         return [
             Measurement(
-                model, split, {n: as_column(n, [r[n] for r in group]) for n in group[0] if n not in ("model", "split")}
+                model,
+                split,
+                {n: as_column(n, [r[n] for r in group]) for n in group[0] if n not in ("model", "split")},
+                str(path),
             )
             for (model, split), group in groups.items()
         ]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such result file; --output writes one") from None
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: not a result file that --output wrote ({reason})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a file that --output wrote") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path}: not a result file that --output wrote ({one_line(error)})") from error

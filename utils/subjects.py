@@ -50,11 +50,17 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
         data = load(flags.dataset, flags.data_dir or "datasets", flags.image_size)
         for path in flags.model_filename or [None]:
             model = build_outside_model(flags.model_arch, path, len(data.class_names)).to(flags.device)
-            subjects.append(Subject(path or flags.model_arch, flags.model_arch, model, flags.dataset, data))
+            arch = flags.model_arch if path else "its weights as the callable made them,"
+            subjects.append(Subject(path or flags.model_arch, arch, model, flags.dataset, data))
     else:
         for path in flags.model_filename:
             subjects.append(load_checkpoint_subject(path, flags, load))
     for subject in subjects:
+        if subject.dtype.itemsize < 4:
+            print(f"{subject.name}: weights of {subject.dtype} are measured in float32")
+            subject.model.float()
+        if flags.top_k > (pixels := subject.data.test.images[0].numel()):
+            raise UsageError(f"--top-k {flags.top_k}: the Hessian of {pixels} pixel values has no more eigenvalues")
         images = to_pixels(subject.data.test.images[:EXAMPLES_TO_CHECK], subject.dtype)
         check_model(subject.model, images, len(subject.data.class_names), subject.name)
     return subjects
