@@ -153,9 +153,15 @@ def test_repeated_zero_and_negative_eigenvalues(method):
 def test_repeated_eigenvalues_all_count_in_the_top_k():
     """Also when the space of the start vector is exhausted before, as with the zeros of a Hessian of low rank."""
     u = torch.tensor([[0.3, 0.5, 0.7, 0.1, 0.2]], dtype=torch.float64)
-    found = lanczos(diagonal(2, 2, -1, 0, 0), u, 60, 1e-10, k=4)
-    np.testing.assert_allclose(found.values[0].numpy(), [2, 2, -1, 0], atol=1e-12)
-    assert (found.residuals < 1e-10).all()
+    for k in (2, 3, 4):
+        found = lanczos(diagonal(2, 2, -1, 0, 0), u, 60, 1e-10, k=k)
+        np.testing.assert_allclose(found.values[0].numpy(), [2, 2, -1, 0][:k], atol=1e-12)
+        assert (found.residuals < 1e-10).all()
+    low_rank = torch.zeros(1, 100, 100, dtype=torch.float64)
+    low_rank[0, :3, :3] = torch.diag(torch.tensor([3.0, -2.0, 1.0]))
+    found = lanczos(Dense(low_rank), start(1, 100), 60, 1e-8, k=2)
+    np.testing.assert_allclose(found.values[0].numpy(), [3, -2], atol=1e-12)
+    assert found.products.item() <= 6  # another start, in the null space, and done
     with pytest.raises(ValueError, match="has 5"):
         lanczos(diagonal(2, 2, -1, 0, 0), u, 60, 1e-10, k=6)
     with pytest.raises(ValueError, match="lanczos"):
@@ -169,6 +175,22 @@ def test_top_k_against_the_dense_spectrum():
     few = lanczos(Dense(matrices), start(6, 50), 3, 1e-8, k=5)
     assert few.values.isnan().sum(dim=1).tolist() == [2] * 6  # three products give three values, and say so
     assert few.residuals[:, 3:].isinf().all()
+
+
+def test_small_eigenvalues_beside_a_large_one_converge_to_their_own_digits():
+    spectrum = torch.cat([torch.tensor([1.0, 0.02, -0.005, 0.004]), 1e-3 * torch.linspace(-1, 1, 60)]).double()
+    q, _ = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    found = lanczos(Dense(((q * spectrum) @ q.T)[None]), start(1, 64), 64, 1e-3, k=4)
+    assert (found.residuals <= 1e-3).all()
+    assert found.products.item() < 64
+    torch.testing.assert_close(found.values[0], spectrum[:4], rtol=1e-3, atol=0)
+
+
+def test_no_residual_is_said_to_be_below_rounding():
+    matrices = random_symmetric(8, 40, torch.float32)
+    found = lanczos(Dense(matrices), start(8, 40, torch.float32), 40, 0.0)
+    assert (found.residuals > 1e-7).all()
+    assert (found.residuals < 1e-4).all()
 
 
 @pytest.mark.parametrize("method", methods)

@@ -107,7 +107,8 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     the first one's magnitude is the norm of T with the row beta e_m' below it. That is the largest ||H u|| of all unit
     vectors in the Krylov space: at most ||H||, and never less than the power method finds there.
 
-    Equal eigenvalues count once until the whole Krylov space is exhausted, which then goes on from another start.
+    A Krylov space holds equal eigenvalues once. Where it is exhausted, and more than one eigenvalue is wanted, the
+    method goes on from another start and finds the second; before that it is not missed.
 
     Args:
         hessian: N operators.
@@ -127,6 +128,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     scale = start.new_zeros(len(start))  # the largest ||H q|| so far
     last_beta = torch.zeros(len(start), dtype=torch.float64)
     was_small = torch.zeros(len(start), dtype=torch.bool)  # the residual, one product ago
+    restarted = was_small.clone()
     q = normalize(start.flatten(1))
     for m in range(steps):
         if m == basis.shape[1]:
@@ -146,9 +148,12 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         last_beta = beta.cpu().double()
         is_small = ~record.update(*ritz_values(tridiagonal, last_beta, k, 10 * eps))
         # One small residual may be that of a lesser eigenvector which the start leans to, seen before the top one has
-        # grown out of the rounding; it does not last. An exhausted space holds nothing more to come.
-        go_on = ~(is_small & (was_small | (last_beta == 0) | ~last_beta.isfinite()))
-        was_small = is_small
+        # grown out of the rounding; it does not last. An exhausted space has no more to show, except that of several
+        # eigenvalues one may be there once more in another space.
+        no_rest = last_beta == 0
+        done = is_small & torch.where(no_rest, restarted | (k == 1), was_small)
+        go_on = ~(done | ~last_beta.isfinite())
+        was_small, restarted = is_small & ~no_rest, restarted | no_rest
         if m + 1 == steps or not go_on.any():
             break
         q = rest / torch.where(exhausted, 1, beta)[:, None]
@@ -162,7 +167,8 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
             hessian.restrict(on_device)
             q, scale = q[on_device], scale[on_device]
             basis = basis[:, : m + 1][on_device]
-            tridiagonal, last_beta, was_small = tridiagonal[go_on], last_beta[go_on], was_small[go_on]
+            tridiagonal, last_beta = tridiagonal[go_on], last_beta[go_on]
+            was_small, restarted = was_small[go_on], restarted[go_on]
             record.rows = record.rows[go_on]
     return record.eigenvalues()
 
@@ -178,9 +184,8 @@ def orthogonalize(x: Tensor, basis: Tensor) -> Tensor:
 def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int, rounding: float) -> tuple[Tensor, Tensor]:
     """(N, k) eigenvalues and relative residuals after m products, from T (N, m, m) and the last beta (N,).
 
-    No residual is said to be below ``rounding``, that of the products: T would not show it.
-
-    NaN where T is not finite; where m < k, NaN with an infinite residual for those not found yet.
+    No residual is said to be below ``rounding``, that of the products: T would not show it. NaN where T is not finite;
+    where m < k, NaN with an infinite residual for those not found yet.
     """
     finite = tridiagonal.isfinite().flatten(1).all(dim=1) & beta.isfinite()
     tridiagonal = torch.where(finite[:, None, None], tridiagonal, 0)
