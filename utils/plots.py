@@ -34,7 +34,8 @@ def draw_bars(axis, title: str, values: list[float], names: list[str] | None = N
     axis.bar(positions, values)
     # a log axis, as one may be a hundred times another; from a power of ten, for bars need a foot to be compared
     foot = 10.0 ** np.floor(np.log10(min(values)) - 1e-9)
-    axis.set(xlabel="layer, input to output", title=title, yscale="log", ylim=(foot, 1.2 * max(values)))
+    axis.set(xlabel="layer, input to output", yscale="log", ylim=(foot, 1.2 * max(values)))
+    axis.set_title(title, fontsize=9)  # a model's name may be long
     if names:
         axis.set_xticks(positions, names, rotation=90, fontsize=6)  # as small as resnet34's 36 names need to fit
 
@@ -85,6 +86,8 @@ def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]
         measurements: named; a violin for each, of the examples that enter its averages.
     """
     figure, axes = new_figure(len(QUANTITIES))
+    figure.set_figheight(4.8)  # the names below need room
+    figure.suptitle("the examples of each model and split; bars: extremes and median", fontsize=9)
     labels = [f"{name}\n{m.split}, {m.averaged().sum()} examples" for name, m in measurements]
     for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
         values = [m.columns[quantity][m.averaged()] for _, m in measurements]
@@ -96,7 +99,7 @@ def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]
             axis.hlines(medians, np.array(drawn) - 0.3, np.array(drawn) + 0.3)
         axis.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) < 5 else 90, ha="right", fontsize=7)
         axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
-        axis.set(title=title, ylabel="by example; bars: extremes and median")
+        axis.set(title=title)
         axis.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
 
@@ -109,9 +112,8 @@ def plot_layers(path: Path, tables: list[tuple[str, LayerTable]]) -> None:
     """
     figure, axes = new_figure(2, rows=len(tables))
     for (label, table), panels in zip(tables, axes.reshape(-1, 2), strict=True):
-        panels[0].set_ylabel(label)
         for axis, quantity in zip(panels, ("beta", "gamma"), strict=True):
             values = {row.name: getattr(row, quantity) for row in table.rows}
             values = {name: value for name, value in values.items() if value is not None}
-            draw_bars(axis, f"{quantity} by layer", list(values.values()), list(values))
+            draw_bars(axis, f"{label}\n{quantity} by layer", list(values.values()), list(values))
     save_figure(figure, path)
