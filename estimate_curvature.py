@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together."""
-    outside = flags.model_arch is not None and is_outside(flags.model_arch)
+    outside = is_outside(flags.model_arch)
     if not (flags.model_filename or outside or flags.compare):
         raise UsageError("nothing to measure: give --model-filename, or --compare with earlier result files")
     if outside and not flags.dataset:

@@ -8,6 +8,7 @@ whatever else the machine does touches all of them; look at the ratios. Peak mem
 """
 
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
@@ -180,10 +181,7 @@ def witnesses(model: nn.Module, image: Tensor, label: Tensor) -> dict[str, float
 
 def report(path: str, flags: argparse.Namespace) -> None:
     model, images, labels = load(path, flags)
-    model.requires_grad_(False)
     folded = fold(model)
-    start = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
-
     reference = estimate_curvature(folded, images, labels, **TRUTH)
     truth = reference.hessian_norm
     print(f"\n{path}: {len(images)} images; converged values by Lanczos with {int(reference.products.max())} products,")
@@ -191,10 +189,14 @@ def report(path: str, flags: argparse.Namespace) -> None:
         f"worst relative residual {reference.residual.max():.1g}, so good to about {reference.residual.max() ** 2:.1g}"
     )
 
-    model.requires_grad_(True)  # as it was trained, and as the textbook has it
     gradient, at = textbook_gradient(model, images, labels)
     ours = input_hessian(folded, images, labels)
-    plain = DoubleBackwardHessian(model.requires_grad_(False), images, labels)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    plain = DoubleBackwardHessian(frozen, images, labels)
+    starts = {  # from the same random numbers
+        method: starting_vectors(method, ours.gradient, torch.Generator().manual_seed(1)) for method in methods
+    }
+    start = starts["power"]
     seconds = interleaved(
         {
             "textbook": lambda: textbook_product(gradient, at, start),
@@ -210,10 +212,8 @@ def report(path: str, flags: argparse.Namespace) -> None:
     found = textbook_estimate(model, images, labels, start, 2 * TEXTBOOK_ITERATIONS)
     textbook = [((values - truth).abs() / truth).mean().item() for values in found]
     error = textbook[TEXTBOOK_ITERATIONS]
-    most = int(4 * (TEXTBOOK_ITERATIONS + 1))
-    by_products = {
-        method: errors_by_products(ours, method, start_of(method, ours, start), truth, most) for method in methods
-    }
+    most = 4 * (TEXTBOOK_ITERATIONS + 1)
+    by_products = {method: errors_by_products(ours, method, starts[method], truth, most) for method in methods}
     enough = next(k for k, e in enumerate(by_products["lanczos"], start=1) if e <= error)
     variants = {
         "textbook": lambda: textbook_estimate(model, images, labels, start, TEXTBOOK_ITERATIONS),
@@ -242,15 +242,8 @@ def report(path: str, flags: argparse.Namespace) -> None:
         f"{memory['lanczos'] / memory['textbook']:.2f} of it"
     )
     for i in range(flags.witnesses):
-        values = {"ours": reference.eigenvalue[i].item()} | witnesses(model, images[i], labels[i])
+        values = {"ours": reference.eigenvalue[i].item()} | witnesses(frozen, images[i], labels[i])
         print(f"image {i}: " + ", ".join(f"{name} {value:.6g}" for name, value in values.items()))
-
-
-def start_of(method: str, hessian: InputHessian, random: Tensor) -> Tensor:
-    """The method's own start, from the same random numbers for both."""
-    return (
-        starting_vectors(method, hessian.gradient, torch.Generator().manual_seed(1)) if method == "lanczos" else random
-    )
 
 
 def main() -> None:

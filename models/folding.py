@@ -241,8 +241,8 @@ class FoldedNetwork:
     It holds copies of what it was made from: fold again when the network's weights have changed.
     """
 
-    def __init__(self, chain: Chain, dtype: torch.dtype):
-        self.chain, self.dtype = chain, dtype
+    def __init__(self, chain: Chain):
+        self.chain = chain
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ def fold(model: nn.Module) -> FoldedNetwork | None:
     if type(model) not in folders or any(map(is_altered, model.modules())):
         return None
     try:
-        return FoldedNetwork(folders[type(model)](model), next(model.parameters()).dtype)
+        return FoldedNetwork(folders[type(model)](model))
     except NotFoldable:
         return None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.model_selector import model_architecture
 from utils.errors import UsageError, UserError
-from utils.files import write_atomically
+from utils.files import read_tensors, write_atomically
 from utils.reference_checkpoint import convert_reference_checkpoint
 
 FORMAT = {"format": "lcnn", "version": 1}
@@ -43,18 +43,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         UserError: if there is no such file, it is damaged, or it is another program's.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        raise UserError(
-            f"{path}: not a readable checkpoint: truncated, damaged, or not plain tensors ({type(error).__name__}); "
-            "use another copy of it"
-        ) from error
+    checkpoint = read_tensors(Path(path), "checkpoint", "use another copy of it")
     if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT["format"]:
         if checkpoint.get("version") != FORMAT["version"]:
             raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")

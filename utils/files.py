@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and that are read with suspicion."""
 
 import csv
 import io
@@ -7,7 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from utils.errors import UserError
+
+
+def read_tensors(path: Path, kind: str, remedy: str):
+    """What torch.save wrote at path, on the CPU; nothing but tensors and plain values is let in.
+
+    Args:
+        kind: what the file is to hold, for messages: "checkpoint", "weights".
+        remedy: what to do about a damaged one.
+
+    Raises:
+        UserError: if there is no such file, or it is damaged or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such {kind} file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        readable = f"readable {kind}" if kind.endswith("s") else f"a readable {kind}"
+        raise UserError(
+            f"{path}: not {readable}: truncated, damaged, or not plain tensors ({type(error).__name__}); {remedy}"
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UsageError, UserError, one_line
+from utils.files import read_tensors
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
 PARALLEL = "module."  # DataParallel's prefix to every key
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def is_outside(model_arch: str) -> bool:
-    """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures."""
-    return ":" in model_arch
+def is_outside(model_arch: str | None) -> bool:
+    """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures or none."""
+    return model_arch is not None and ":" in model_arch
 
 
 OWN_NAMES = ("models", "utils", "data")  # our packages, which a user's project may well have, too
@@ -105,18 +106,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no such file, it is damaged, or it holds no state_dict.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
     remedy = "save it with torch.save(model.state_dict(), file)"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        raise UserError(
-            f"{path}: not readable weights: truncated, damaged, or not plain tensors ({type(error).__name__}); {remedy}"
-        ) from error
+    content = read_tensors(Path(path), "weights", remedy)
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if (

@@ -46,7 +46,7 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
             loaded[key] = load_dataset(*key, flags.download).to(flags.device)
         return loaded[key]
 
-    if flags.model_arch is not None and is_outside(flags.model_arch):
+    if is_outside(flags.model_arch):
         data = load(flags.dataset, flags.data_dir or "datasets", flags.image_size)
         for path in flags.model_filename or [None]:
             model = build_outside_model(flags.model_arch, path, len(data.class_names)).to(flags.device)
