@@ -15,21 +15,19 @@ import argparse
 import contextlib
 import io
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from data.datasets import datasets
 from models.bound import format_layers, layer_table
-from models.model_selector import model_architecture
 from utils import cli, distributed
 from utils.curvature import estimate_curvature as estimate_curvature  # part of this module's interface
 from utils.curvature import measurable
 from utils.eigenvalues import methods
-from utils.errors import UsageError, UserError
-from utils.measurement import as_measurement, choose_examples, measure_split
+from utils.errors import UsageError
+from utils.files import make_room
+from utils.measurement import as_measurement, measure_split
 from utils.outside_model import is_outside
 from utils.plots import plot_layers, plot_measurements
 from utils.results import (
@@ -40,42 +38,14 @@ from utils.results import (
     read_measurements,
     write_measurements,
 )
-from utils.subjects import DEFAULT_DATASET, Subject, load_subjects
-
-
-def architecture(text: str) -> str:
-    """An argparse type: one of ours by name, or package.module:callable."""
-    if text not in model_architecture and not is_outside(text):
-        ours = ", ".join(model_architecture)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {ours}")
-    return text
+from utils.subjects import Subject, add_subject_flags, check_subject_flags, chosen_splits, load_subjects
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="estimate_curvature.py", description=__doc__.splitlines()[0])
 
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--model-filename", nargs="+", metavar="FILE", default=[], help="checkpoints, or state_dicts")
-    what.add_argument(
-        "--model-arch",
-        type=architecture,
-        metavar="NAME",
-        help="for a checkpoint of ours a check; for any other model package.module:callable, which makes the network",
-    )
-    what.add_argument(
-        "--dataset",
-        choices=datasets,
-        help=f"checked against the checkpoint; for the reference's, which do not name it, default {DEFAULT_DATASET}",
-    )
-    what.add_argument("--data-dir", help="where the data set's files are (default: as in training, else datasets)")
-    what.add_argument("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
-    what.add_argument(
-        "--image-size", type=cli.positive_int, help="for a package.module:callable (default: the data set's)"
-    )
-    what.add_argument("--split", choices=("train", "test", "both"), default="both", help="which examples")
-    how_many = what.add_mutually_exclusive_group()
-    how_many.add_argument("--data-fraction", type=cli.fraction, default=0.1, help="of each split; a random subset")
-    how_many.add_argument("--num-samples", type=cli.positive_int, help="of each split, instead of a fraction")
+    add_subject_flags(what, default_split="both")
 
     how = parser.add_argument_group("how")
     how.add_argument("--method", choices=methods, default="lanczos", help="power is the paper's")
@@ -119,13 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together."""
+    check_subject_flags(flags)
     outside = is_outside(flags.model_arch)
     if not (flags.model_filename or outside or flags.compare):
         raise UsageError("nothing to measure: give --model-filename, or --compare with earlier result files")
-    if outside and not flags.dataset:
-        raise UsageError(f"--model-arch {flags.model_arch} needs a --dataset: {', '.join(datasets)}")
-    if flags.image_size and not outside:
-        raise UsageError("--image-size is for --model-arch package.module:callable; a checkpoint of ours knows its own")
     if flags.method == "power" and flags.top_k > 1:
         raise UsageError("--top-k needs --method lanczos; the power method finds one eigenvalue")
     if flags.top_k > flags.num_power_iter:
@@ -149,27 +116,11 @@ def output_files(flags: argparse.Namespace) -> list[Path]:
     return [path for path in (flags.output, flags.plot, layers) if path]
 
 
-def make_room(path: Path) -> None:
-    """Raise UserError unless path can be written, before the work it is to hold is done; its folder is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file")
-
-
 def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[Measurement]:
     """Measure one model on a subset of its data set's splits, the same for every model."""
-    splits = {"train": subject.data.train, "test": subject.data.test}
     with measurable(subject.model, flags.fold) as model:
         print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
-        for name, split in splits.items():
-            if flags.split not in (name, "both"):
-                continue
-            count = flags.num_samples or max(1, round(flags.data_fraction * len(split)))
-            indices = choose_examples(len(split), count, flags.prng_seed)
+        for name, split, indices in chosen_splits(subject, flags):
             estimate = measure_split(
                 model,
                 split,
@@ -212,6 +163,9 @@ def estimate(flags: argparse.Namespace) -> None:
     tables = []
     torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     subjects = load_subjects(flags)
+    for subject in subjects:
+        if flags.top_k > (pixels := subject.data.test.images[0].numel()):
+            raise UsageError(f"--top-k {flags.top_k}: the Hessian of {pixels} pixel values has no more eigenvalues")
     for path in output_files(flags):
         make_room(path)
     for subject in subjects:

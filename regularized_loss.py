@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.bound import log_curvature_bound
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 
 # G = 1e5 / 128^2 * mean_i ||grad_x l_i||^2: the reference's 1e5 * sum ||grad_x L||^2 / N at its batch size N = 128, but
 # with per-example losses in place of their batch mean L, so that the penalty does not change with the batch size.
 GRADNORM_SCALE = 1e5 / 128**2
+CURE_SCALE = 1e3 / 128**2  # the same for CURE
 
 
 def with_input_gradient(input: Tensor) -> Tensor:
@@ -40,6 +42,12 @@ def gradnorm_penalty(losses: Tensor, input: Tensor) -> Tensor:
     """G = (1e5 / 128^2) * mean over examples of ||grad_x l_i||^2 (paper, equation 4), a scalar."""
     gradient = input_gradient(losses, input)
     return GRADNORM_SCALE * gradient.square().sum() / len(gradient)
+
+
+def sign_direction(gradient: Tensor) -> Tensor:
+    """z = sign(gradient) / ||sign(gradient)||_2 of each example (N, ...), held constant; 0 where the gradient is."""
+    z = gradient.detach().sign().flatten(1)
+    return (z / z.norm(dim=1, keepdim=True).clamp_min(1)).view_as(gradient)  # ||sign|| is 0 or at least 1
 
 
 def beta_penalty(model: nn.Module) -> Tensor:
@@ -156,6 +164,46 @@ class CurvatureAndGradientRegularizedLoss(CELoss):
         return raw_loss + reg_beta * beta_term + reg_gamma * gamma_term + reg_gnorm * gradnorm
 
 
+class CURELoss(CELoss):
+    """L + reg_constant * (1e3 / 128^2) * mean over examples of ||grad_x l_i(x) - grad_x l_i(x + z)||^2, a baseline of
+    the paper: small curvature along z, see sign_direction (Moosavi-Dezfooli et al., CVPR 2019).
+
+    Both gradients are differentiated; in training mode each of the two forward passes updates BatchNorm's statistics.
+    """
+
+    def __init__(self, model: nn.Module, reg_constant: float = 1e-3):
+        super().__init__(model)
+        self.reg_constant = reg_constant
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        input = with_input_gradient(input)
+        losses = self.losses(input, target)
+        gradient = input_gradient(losses, input)
+        shifted = with_input_gradient(input.detach() + sign_direction(gradient))
+        change = gradient - input_gradient(self.losses(shifted, target), shifted)
+        raw_loss, cure = losses.mean(), CURE_SCALE * change.square().sum() / len(input)
+        self.metadata = {"raw_loss": raw_loss, "cure": cure}
+        return raw_loss + self.reg_constant * cure
+
+
+class CurvatureBoundRegularizedLoss(CELoss):
+    """L + reg_constant * log of the curvature bound of Theorem 1, as far as beta and gamma decide it.
+
+    Raises:
+        ValueError: if the model is not a low-curvature ResNet or VGG of this project.
+    """
+
+    def __init__(self, model: nn.Module, reg_constant: float = 1e-2):
+        log_curvature_bound(model)  # raises
+        super().__init__(model)
+        self.reg_constant = reg_constant
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        raw_loss, log_bound = self.losses(input, target).mean(), log_curvature_bound(self.model)
+        self.metadata = {"raw_loss": raw_loss, "log_bound": log_bound}
+        return raw_loss + self.reg_constant * log_bound
+
+
 # --regularizer NAME -> the loss it trains with; ``flags`` are train_models.py's parsed flags
 regularizers = {
     "none": lambda model, flags: CELoss(model),
@@ -164,4 +212,6 @@ regularizers = {
     "curvature_and_gnorm": lambda model, flags: CurvatureAndGradientRegularizedLoss(
         model, (flags.reg_beta, flags.reg_gamma, flags.reg_gnorm)
     ),
+    "cure": lambda model, flags: CURELoss(model, flags.reg_gnorm),
+    "curvature_bound": lambda model, flags: CurvatureBoundRegularizedLoss(model, flags.reg_bound),
 }

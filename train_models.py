@@ -16,15 +16,19 @@ import torch
 
 from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import datasets, load_dataset
+from models.layers import CenteredSoftplus
 from models.model_selector import model_architecture
-from regularized_loss import regularizers
+from regularized_loss import CELoss, regularizers
 from utils import cli
-from utils.checkpoint import build_model, read_checkpoint, save_checkpoint
-from utils.errors import UsageError, UserError
+from utils.attacks import NORMS, PGD, adversarial_batches
+from utils.checkpoint import load_state, read_checkpoint, save_checkpoint
+from utils.errors import UsageError, UserError, one_line
 from utils.files import write_csv
+from utils.outside_model import build_outside_model, is_outside
 from utils.plots import plot_training
 from utils.progress import progress
 from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags
+from utils.self_check import forward
 from utils.training import (
     build_optimizer,
     calibrate_batchnorm,
@@ -44,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="train_models.py", description=__doc__.splitlines()[0])
 
     what = parser.add_argument_group("what to train")
-    what.add_argument("--model-arch", choices=model_architecture, default="resnet18", help="the network")
+    cli.add_architecture_flags(what, default="resnet18")
     what.add_argument("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     what.add_argument("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
     what.add_argument(
@@ -65,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--reg-gamma", type=cli.nonnegative_float, default=1e-2, help="weight of the sum of |log gamma|"
     )
     recipe.add_argument(
+        "--reg-bound", type=cli.nonnegative_float, default=1e-2, help="weight of the log curvature bound"
+    )
+    recipe.add_argument(
+        "--beta-weight-decay",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="weight decay on beta, for the minimal recipe with gnorm and a ...softplus network",
+    )
+    recipe.add_argument(
         "--augment", action=argparse.BooleanOptionalAction, default=True, help="random crops and flips (default: on)"
     )
     recipe.add_argument(
@@ -76,6 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)",
     )
+
+    adversarial = parser.add_argument_group("adversarial training")
+    adversarial.add_argument(
+        "--adversarial-training",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train on images moved by PGD, with any loss (default: off)",
+    )
+    adversarial.add_argument("--adv-norm", choices=NORMS, default="l2", help="norm of the attack")
+    adversarial.add_argument("--adv-eps", type=cli.pixel_distance, default=0.1, help="its radius; may be a fraction")
+    adversarial.add_argument("--adv-steps", type=cli.positive_int, default=3, help="its gradient steps")
+    adversarial.add_argument("--adv-step-size", type=cli.pixel_distance, default=0.01, help="length of a step")
 
     files = parser.add_argument_group("files")
     files.add_argument("--data-dir", default="datasets", help="where the data set's files are, or go")
@@ -102,17 +127,34 @@ def write_report(files: RunFiles, metrics: list[dict], model: torch.nn.Module) -
     plot_training(files.picture, files.checkpoint.stem, metrics, model)
 
 
+def build_network(flags: argparse.Namespace, num_classes: int, quiet: bool = False) -> torch.nn.Module:
+    """The network that --model-arch and --lcnn describe, for images of flags.image_size, with initial weights."""
+    if is_outside(flags.model_arch):
+        return build_outside_model(flags.model_arch, None, num_classes, flags.image_size if flags.lcnn else None, quiet)
+    return model_architecture[flags.model_arch](num_classes, input_size=flags.image_size)
+
+
+def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
+    """The loss that --regularizer names, for the model; UsageError if they do not go together."""
+    try:
+        if flags.beta_weight_decay and not any(isinstance(m, CenteredSoftplus) for m in model.modules()):
+            raise ValueError("--beta-weight-decay needs a network with trainable beta: ...softplus, ...lcnn, or --lcnn")
+        return regularizers[flags.regularizer](model, flags)
+    except ValueError as error:
+        raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
+
+
 def train(flags: argparse.Namespace) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
     """
-    try:  # a loss that does not go with the network, before anything is loaded
-        regularizers[flags.regularizer](model_architecture[flags.model_arch](2, input_size=16), flags)
-    except ValueError as error:
-        raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
+    outside = is_outside(flags.model_arch)
+    cli.check_architecture_flags(flags)
     flags.image_size = flags.image_size or datasets[flags.dataset].image_size
+    if not outside:  # a loss that does not go with the network, before anything is loaded
+        build_loss(flags, model_architecture[flags.model_arch](2, input_size=16))
     recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
     files = RunFiles.named(flags)
@@ -130,13 +172,16 @@ def train(flags: argparse.Namespace) -> Path:
         check_same_data(path, saved, data)
         if path == files.checkpoint:
             print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
-            write_report(files, saved["metrics"], build_model(saved, path))  # a kill may have come before it
+            model = load_state(build_network(flags, num_classes, quiet=True), saved["model"], path, flags.model_arch)
+            write_report(files, saved["metrics"], model)  # a kill may have come before it
             return path
 
-    model = model_architecture[flags.model_arch](num_classes, input_size=flags.image_size).to(flags.device)
+    model = build_network(flags, num_classes).to(flags.device)
+    if outside:
+        forward(model, to_pixels(data.train.images[:2]), num_classes, flags.model_arch)  # its mistakes in one line
     set_batchnorm_momentum(model, flags.bn_momentum)
-    loss = regularizers[flags.regularizer](model, flags)
-    optimizer = build_optimizer(model, flags.lr, flags.momentum, flags.weight_decay)
+    loss = build_loss(flags, model)
+    optimizer = build_optimizer(model, flags.lr, flags.momentum, flags.weight_decay, flags.beta_weight_decay)
     print(
         f"{flags.model_arch} ({count_parameters(optimizer)}) with {type(loss).__name__} on {flags.dataset}: "
         f"{len(data.train)} training and {len(data.test)} test images of {flags.image_size} x {flags.image_size}, "
@@ -145,7 +190,7 @@ def train(flags: argparse.Namespace) -> Path:
 
     metrics = []
     if saved:
-        model.load_state_dict(saved["model"])
+        load_state(model, saved["model"], path, flags.model_arch)
         optimizer.load_state_dict(saved["optimizer"])
         metrics = saved["metrics"]
         print(f"resuming {files.unfinished} after epoch {saved['epoch']}")
@@ -155,6 +200,7 @@ def train(flags: argparse.Namespace) -> Path:
 
     checkpoint = {
         "model_arch": flags.model_arch,
+        "lcnn": flags.lcnn,
         "dataset": flags.dataset,
         "num_classes": num_classes,
         "image_size": flags.image_size,
@@ -162,6 +208,7 @@ def train(flags: argparse.Namespace) -> Path:
         "data": data.fingerprint(),
         "flags": recorded_flags,
     }
+    attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
     if flags.overwrite:  # only now that nothing can be missing for the new run
         files.remove()
     num_steps = -(-len(data.train) // flags.batch_size)
@@ -172,9 +219,19 @@ def train(flags: argparse.Namespace) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = training_batches(data.train, flags.batch_size, flags.prng_seed, epoch, flags.augment, data.flip)
+        if flags.adversarial_training:
+            batches = adversarial_batches(model, batches, attack)
 
         start = time.perf_counter()
-        terms = train_epoch(model, loss, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
+        try:
+            terms = train_epoch(model, loss, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
+        except (RuntimeError, NotImplementedError) as error:
+            if not outside or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"{flags.model_arch}: cannot be trained with {type(loss).__name__} ({one_line(error)}); "
+                "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
+            ) from error
         seconds = time.perf_counter() - start
         test_loss, test_accuracy = evaluate(model, data.test)
 

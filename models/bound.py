@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.resnet import ResidualBlock, ResNet
@@ -62,6 +62,13 @@ class LayerTable:
         return sum(row.term for row in self.rows if row.term is not None)
 
 
+def require_low_curvature(model: nn.Module) -> None:
+    """Raise ValueError unless the model is a low-curvature ResNet or VGG of this program."""
+    low_curvature = {SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus} <= {type(m) for m in model.modules()}
+    if not isinstance(model, ResNet | VGG) or not low_curvature:
+        raise ValueError(f"not a low-curvature network of this program (such as resnet18lcnn): {type(model).__name__}")
+
+
 @torch.no_grad()
 def layer_table(model: ResNet | VGG) -> LayerTable:
     """beta, gamma and the terms of the curvature bound, as the network has them in eval mode.
@@ -72,9 +79,7 @@ def layer_table(model: ResNet | VGG) -> LayerTable:
     Raises:
         ValueError: if the model is not a low-curvature ResNet or VGG of this program.
     """
-    low_curvature = {SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus} <= {type(m) for m in model.modules()}
-    if not isinstance(model, ResNet | VGG) or not low_curvature:
-        raise ValueError(f"not a low-curvature network of this program (such as resnet18lcnn): {type(model).__name__}")
+    require_low_curvature(model)
     # a copy, since in training mode merely reading the classifier's normalized weight changes its power iteration; on
     # the CPU in float64, so that the numbers do not depend on the device
     network = copy.deepcopy(model).cpu().double().eval()
@@ -113,6 +118,44 @@ def _vgg_rows(network: VGG) -> Iterator[LayerRow]:
         if isinstance(activation, CenteredSoftplus):  # the poolings in between have Lipschitz constant 1
             lipschitz *= _lipschitz(layer)
             yield _row(f"features.{name}", lipschitz, layer, activation)
+
+
+def log_curvature_bound(model: ResNet | VGG) -> Tensor:
+    """log of the right-hand side of Theorem 1 from beta and gamma alone: a scalar to minimize, differentiable in both.
+
+    As ``layer_table`` has it, but every BatchNorm counts with gamma, whether it is clipped or not, and every linear
+    layer with 1 (in a VGG the classifier too). A logsumexp of the terms' logarithms: the terms themselves overflow.
+
+    Raises:
+        ValueError: if the model is not a low-curvature ResNet or VGG of this program.
+    """
+    require_low_curvature(model)
+    log_terms, log_lipschitz = [], torch.zeros((), device=next(model.parameters()).device)
+
+    def add_term(layer: nn.Sequential, activation: CenteredSoftplus, log_lipschitz: Tensor) -> None:
+        n = layer.conv.u.numel()
+        log_terms.append(math.log(n) + (activation.beta + activation.BETA_OFFSET).log() + log_lipschitz)
+
+    if isinstance(model, ResNet):
+        log_lipschitz = log_lipschitz + model.stem.norm.log_gamma
+        add_term(model.stem, model.activation, log_lipschitz)
+        for block in (module for module in model.modules() if isinstance(module, ResidualBlock)):
+            log_lipschitz = log_lipschitz - math.log(2) / 2
+            first, second = block.conv1.norm.log_gamma, block.conv2.norm.log_gamma
+            add_term(block.conv1, block.activation1, log_lipschitz + first)
+            identity = isinstance(block.shortcut, nn.Identity)
+            shortcut = torch.zeros_like(first) if identity else block.shortcut.norm.log_gamma
+            log_lipschitz = log_lipschitz + torch.maximum(first + second, shortcut)
+            add_term(block.conv2, block.activation2, log_lipschitz)
+        pooled_pixels = model.stages[-1][-1].conv2.conv.u[0, 0].numel()
+        log_lipschitz = log_lipschitz - math.log(pooled_pixels) / 2
+    else:
+        for layer, activation in pairwise(model.features):
+            if isinstance(activation, CenteredSoftplus):
+                log_lipschitz = log_lipschitz + layer.norm.log_gamma
+                add_term(layer, activation, log_lipschitz)
+    log_terms.append(math.log(CROSS_ENTROPY_CURVATURE * CROSS_ENTROPY_LIPSCHITZ) + log_lipschitz)
+    return torch.stack(log_terms).logsumexp(dim=0)
 
 
 def _lipschitz(layer: nn.Sequential) -> float:

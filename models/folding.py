@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
@@ -235,18 +236,33 @@ def require(known: bool) -> None:
         raise NotFoldable
 
 
+class FoldedLogits(torch.autograd.Function):
+    """A chain's logits as a function that autograd can differentiate, once, with respect to the images."""
+
+    @staticmethod
+    def forward(ctx, images, chain):
+        ctx.chain, ctx.kept = chain, {}
+        return chain.forward(images, ctx.kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a):
+        return ctx.chain.backward(a, dict(ctx.kept)), None  # a copy: several gradients of one output may be wanted
+
+
 class FoldedNetwork:
     """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes), layer by layer.
 
-    It holds copies of what it was made from: fold again when the network's weights have changed.
+    It can be called like the network, and its logits be differentiated with respect to the images, once; second
+    derivatives go through ``chain``. It holds copies of what it was made from: fold again when the network's weights
+    have changed.
     """
 
     def __init__(self, chain: Chain):
         self.chain = chain
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.chain.forward(images, {})
+        return FoldedLogits.apply(images, self.chain)
 
 
 def fold_conv_norm(pair: nn.Sequential, before: float = 1.0, after: float = 1.0) -> Convolution:

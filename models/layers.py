@@ -131,30 +131,44 @@ class SpectralNormConv2d(nn.Conv2d):
 
 
 class LipschitzBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm without affine part whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2).
+    """BatchNorm whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2, without affine part).
 
-    BatchNorm's own Lipschitz constant is 1 / s with s = min over channels of sqrt(running_var + eps), so
-    y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma). Input and output are (N, num_features, H, W).
+    BatchNorm's own Lipschitz constant is 1 / s with s = min over channels of sqrt(running_var + eps), or with an affine
+    part of sqrt(running_var + eps) / |weight|, so y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma). Input and output
+    are (N, num_features, H, W).
 
     Args:
         num_features: number of channels.
         init_gamma: initial gamma, positive. 10 is the reference code's.
+        affine: whether to scale and shift each channel by a trained weight and bias. False is the paper's.
         Others as in ``torch.nn.BatchNorm2d``.
 
     Raises:
         ValueError: if init_gamma is not positive.
     """
 
-    def __init__(self, num_features: int, init_gamma: float = 10.0, eps: float = 1e-5, momentum: float | None = 0.1):
-        super().__init__(num_features, eps=eps, momentum=momentum, affine=False)
+    def __init__(
+        self,
+        num_features: int,
+        init_gamma: float = 10.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        affine: bool = False,
+    ):
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if not init_gamma > 0:
             raise ValueError(f"init_gamma must be positive, got {init_gamma}")
         self.log_gamma = nn.Parameter(torch.tensor(math.log(init_gamma)))
 
     def clip(self) -> Tensor:
         """s * min(1/s, gamma) = min(1, s * gamma), the scalar that multiplies the plain BatchNorm's output."""
+        gamma = self.log_gamma.exp()
+        if self.affine:
+            lipschitz = (self.weight.abs() / (self.running_var + self.eps).sqrt()).max()
+            return gamma / torch.maximum(lipschitz, gamma)  # not s * gamma: weights are often initialized with zeros
         s = (self.running_var.min() + self.eps).sqrt()
-        return (s * self.log_gamma.exp()).clamp(max=1)
+        return (s * gamma).clamp(max=1)
 
     def forward(self, x: Tensor) -> Tensor:
         clip = self.clip()  # from the running variance before this batch updates it
@@ -178,6 +192,8 @@ def plain_conv(*arguments, input_size, **keywords) -> nn.Conv2d:
 STANDARD = Layers(plain_conv, partial(nn.BatchNorm2d, affine=False), partial(nn.Softplus, beta=1000))
 # the paper's "Softplus + weight decay" baseline
 LOWBETA = STANDARD._replace(activation=partial(nn.Softplus, beta=10))
+# the reference's "minimal recipe": trainable softplus in an otherwise plain network, for --beta-weight-decay
+SOFTPLUS = STANDARD._replace(activation=CenteredSoftplus)
 LCNN = Layers(SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus)
 
 

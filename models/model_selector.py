@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from models.layers import LCNN, LOWBETA, STANDARD, Layers
+from models.layers import LCNN, LOWBETA, SOFTPLUS, STANDARD, Layers
 from models.resnet import ResNet
 from models.vgg import VGG
 
@@ -32,6 +32,9 @@ model_architecture = {
     "resnet18lcnn": partial(resnet18, layers=LCNN),
     "resnet34lcnn": partial(resnet34, layers=LCNN),
     "vgg11lcnn": partial(vgg11, layers=LCNN),
+    "resnet18softplus": partial(resnet18, layers=SOFTPLUS),
+    "resnet34softplus": partial(resnet34, layers=SOFTPLUS),
+    "vgg11softplus": partial(vgg11, layers=SOFTPLUS),
     "resnet18lowbeta": partial(resnet18, layers=LOWBETA),
     "resnet34lowbeta": partial(resnet34, layers=LOWBETA),
     "vgg11lowbeta": partial(vgg11, layers=LOWBETA),

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.bound import LayerRow, LayerTable, format_layers, layer_table
+from models.bound import LayerRow, LayerTable, format_layers, layer_table, log_curvature_bound
 from models.layers import LCNN, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
 from models.resnet import ResNet
+from utils.curvature import estimate_curvature
 from utils.plots import plot_layers
 
 
@@ -127,6 +128,61 @@ def test_every_number_of_a_small_resnet_by_hand():
     assert classifier == LayerRow("classifier", classifier.lipschitz, n=10)
     assert cross_entropy.lipschitz == pytest.approx(classifier.lipschitz * root)
     assert table.bound == pytest.approx(sum(row.term or 0 for row in table.rows))
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18lcnn", "vgg11lcnn"])
+def test_the_log_bound_is_that_of_the_table_where_every_batchnorm_is_clipped(name):
+    model = small_resnet() if name == "small" else build(name)
+    generator = torch.Generator().manual_seed(2)
+    for norm in of_type(model, LipschitzBatchNorm2d):
+        norm.running_var.fill_(1e-4)  # a constant of 100 by itself: each gamma counts
+        norm.log_gamma.data.uniform_(-1, 2, generator=generator)
+    for activation in of_type(model, CenteredSoftplus):
+        activation.log_beta.data.uniform_(-2, 3, generator=generator)
+    model.double().eval()
+    with torch.no_grad():  # a classifier of norm 1
+        if name == "vgg11lcnn":
+            model.classifier.weight.copy_(torch.eye(*model.classifier.weight.shape))
+        else:
+            original = model.classifier.parametrizations.weight.original
+            original.copy_(torch.linalg.qr(original.T)[0].T)
+            model.train()
+            model.classifier.weight  # noqa: B018  a power iteration
+            model.eval()
+    log_bound = log_curvature_bound(model)
+    assert log_bound.item() == pytest.approx(math.log(layer_table(model).bound), rel=1e-9)
+
+    log_bound.backward()
+    for parameter in [
+        parameter for name, parameter in model.named_parameters() if name.endswith(("log_gamma", "log_beta"))
+    ]:
+        values = []
+        for sign in (1, -1):
+            parameter.data += sign * 1e-6
+            values.append(log_curvature_bound(model).item())
+            parameter.data -= sign * 1e-6
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(parameter.grad.item(), abs=1e-8)
+
+
+def test_the_log_bound_does_not_overflow():
+    model = build("resnet34lcnn")
+    for norm in of_type(model, LipschitzBatchNorm2d):
+        norm.log_gamma.data.fill_(10.0)  # a bound of e^340, in float32
+    assert log_curvature_bound(model).item() == pytest.approx(340, abs=30)
+
+
+# mild layers, for the bound is the tighter the smaller beta and gamma are
+@pytest.mark.parametrize("name", ["small", "resnet18lcnn", "resnet34lcnn", "vgg11lcnn"])
+@pytest.mark.parametrize(("beta", "gamma"), [(5.0, 10.0), (0.01, 0.8)])
+def test_the_measured_curvature_stays_below_the_bound(name, beta, gamma):
+    model = small_resnet() if name == "small" else build(name)
+    set_all(model, beta, gamma, variance=0.04)
+    size = 8 if name == "small" else 16
+    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(3))
+    labels = torch.tensor([0, 3, 5, 9])
+    estimate = estimate_curvature(model, images, labels, num_iterations=40)
+    assert (estimate.curvature > 0).all()
+    assert estimate.curvature.max().item() <= layer_table(model).bound
 
 
 def outputs_by_row(model: nn.Module, labels: torch.Tensor):

@@ -40,7 +40,8 @@ def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, capsy
         flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
         result = run_main(train_models, tiny_run(photographs, tmp_path, *flags), capsys)
         if "curvature" in regularizer and "lcnn" not in arch:
-            assert_one_line_error(result, 2, "--regularizer", "resnet18lcnn, resnet34lcnn or vgg11lcnn")
+            names = "such as resnet18lcnn" if "bound" in regularizer else "resnet18lcnn, resnet34lcnn or vgg11lcnn"
+            assert_one_line_error(result, 2, "--regularizer", names)
             continue
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
@@ -48,7 +49,8 @@ def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, capsy
         (row,) = read_metrics(tmp_path / f"{name}_metrics.csv")
         expected = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds"}
         expected |= {"images_per_second"} | ({"gradnorm"} if "gnorm" in regularizer else set())
-        expected |= {"beta_term", "gamma_term"} if "curvature" in regularizer else set()
+        expected |= {"beta_term", "gamma_term"} if regularizer in ("curvature", "curvature_and_gnorm") else set()
+        expected |= {"cure": {"cure"}, "curvature_bound": {"log_bound"}}.get(regularizer, set())
         assert row.keys() == expected
         assert re.search(r"test_accuracy \d+\.\d\d ", result.stdout)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

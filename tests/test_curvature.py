@@ -12,7 +12,8 @@ from models.layers import CenteredSoftplus
 from models.model_selector import model_architecture
 from utils.curvature import CurvatureEstimate, starting_vectors
 from utils.eigenvalues import methods
-from utils.measurement import choose_examples, example_generators
+from utils.measurement import example_generators
+from utils.subjects import choose_examples
 
 
 def small_model(activation=nn.Tanh) -> nn.Module:

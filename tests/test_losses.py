@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.bound import log_curvature_bound
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.model_selector import model_architecture
 from regularized_loss import (
     CELoss,
+    CURELoss,
     CurvatureAndGradientRegularizedLoss,
+    CurvatureBoundRegularizedLoss,
     CurvatureRegularizedLoss,
     GradNormRegularizedLoss,
     regularizers,
@@ -43,8 +47,8 @@ def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(0, 3, (n,), generator=generator)
 
 
-def gradient_norms_by_differences(model, x, y, step=1e-5) -> torch.Tensor:
-    """(N,) ||grad_x l_i||^2 by central differences; error about step^2 * third derivative, 1e-9 relative here."""
+def gradients_by_differences(model, x, y, step=1e-5) -> torch.Tensor:
+    """(N, ...) grad_x l_i by central differences; error about step^2 * third derivative, 1e-9 relative here."""
     gradient = torch.zeros_like(x)
     for k in range(x[0].numel()):
         shift = torch.zeros_like(x).flatten(1)
@@ -52,7 +56,11 @@ def gradient_norms_by_differences(model, x, y, step=1e-5) -> torch.Tensor:
         shift = shift.view_as(x)
         up, down = (F.cross_entropy(model(x + s * shift), y, reduction="none") for s in (1, -1))
         gradient.view(len(x), -1)[:, k] = ((up - down) / (2 * step)).detach()
-    return gradient.flatten(1).square().sum(dim=1)
+    return gradient
+
+
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).square().sum(dim=1).mean()
 
 
 LOSSES = {
@@ -60,17 +68,22 @@ LOSSES = {
     "gnorm": lambda model: GradNormRegularizedLoss(model, 0.3),
     "curvature": lambda model: CurvatureRegularizedLoss(model, (0.1, 0.2)),
     "curvature_and_gnorm": lambda model: CurvatureAndGradientRegularizedLoss(model, (0.1, 0.2, 0.3)),
+    "cure": lambda model: CURELoss(model, 0.4),
 }
 
 
 def expected_terms(model, x, y) -> dict[str, float]:
     betas = [math.exp(m.log_beta) for m in model if isinstance(m, CenteredSoftplus)]
     gammas = [abs(float(m.log_gamma)) for m in model if isinstance(m, LipschitzBatchNorm2d)]
+    gradient = gradients_by_differences(model, x, y)
+    z = torch.where(gradient > 0, 1.0, -1.0) / math.sqrt(x[0].numel())
+    change = gradients_by_differences(model, x + z, y) - gradient
     return {
         "raw_loss": F.cross_entropy(model(x), y).item(),
         "beta_term": sum(betas),
         "gamma_term": sum(gammas),
-        "gradnorm": 1e5 / 128**2 * gradient_norms_by_differences(model, x, y).mean().item(),
+        "gradnorm": 1e5 / 128**2 * mean_square(gradient).item(),
+        "cure": 1e3 / 128**2 * mean_square(change).item(),
     }
 
 
@@ -86,6 +99,8 @@ def test_value_and_terms(model, name):
         weights |= {"beta_term": 0.1, "gamma_term": 0.2}
     if "gnorm" in name:
         weights["gradnorm"] = 0.3
+    if name == "cure":
+        weights["cure"] = 0.4
     assert loss.metadata.keys() == weights.keys()
     assert all(type(value) is float for value in loss.metadata.values())
     for term, value in loss.metadata.items():
@@ -97,7 +112,8 @@ def test_value_and_terms(model, name):
 def test_parameter_gradients(model, name):
     """Central differences of the loss along each parameter's own gradient direction: error ~ step^2, 1e-6 relative.
 
-    In eval, where the network is one fixed function; u and v are constants there.
+    In eval, where the network is one fixed function; u and v are constants there, and CURE's z does not change with
+    small changes of the parameters.
     """
     x, y = batch(4)
     loss = LOSSES[name](model)
@@ -116,6 +132,34 @@ def test_parameter_gradients(model, name):
                 parameter -= sign * step * direction
         slope = (values[0] - values[1]) / (2 * step)
         assert slope == pytest.approx(gradient.norm().item(), rel=1e-5, abs=1e-9), parameter_name
+
+
+def test_cure_on_a_quadratic_loss_is_known():
+    """A zero gradient has no sign: z = 0. Otherwise, where dl/dx = sigmoid(w x) w, as with label 1 and logits (w x, 0),
+    the gradient's change along z = sign(w) / sqrt(d) is (sigmoid(w (x + z)) - sigmoid(w x)) w."""
+    w = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    model = nn.Linear(3, 2, bias=False).double()
+    x, y = torch.rand(5, 3, dtype=torch.float64), torch.ones(5, dtype=torch.int64)
+    for rows, expected in (
+        (torch.zeros(2, 3, dtype=torch.float64), 0.0),
+        (
+            torch.stack([w, torch.zeros_like(w)]),
+            ((x @ w + w.abs().sum() / math.sqrt(3)).sigmoid() - (x @ w).sigmoid()).square().mean() * w.square().sum(),
+        ),
+    ):
+        model.weight.data.copy_(rows)
+        loss = CURELoss(model, 1.0)
+        loss.compute_loss(x, y).backward()
+        assert loss.metadata["cure"] == pytest.approx(1e3 / 128**2 * float(expected), rel=1e-10)
+        assert model.weight.grad.isfinite().all()
+        model.weight.grad = None
+
+
+def test_cure_trains_with_batchnorm_in_training_mode(model):
+    """Two forward passes before the backward one: nothing that autograd kept may have been overwritten."""
+    x, y = batch(6)
+    CURELoss(model.train(), 1.0).compute_loss(x, y).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_gradient_norm_penalty_does_not_depend_on_the_batch_size(model):
@@ -142,6 +186,18 @@ def test_gradient_norm_on_a_linear_model_is_known():
     assert not x.requires_grad  # the caller's tensor is left alone
 
 
+def test_curvature_bound_loss():
+    model = model_architecture["vgg11lcnn"](3, 16)
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 2])
+    loss = CurvatureBoundRegularizedLoss(model.eval(), 0.5)
+    total = loss.compute_loss(x, y).item()
+    assert loss.metadata.keys() == {"raw_loss", "log_bound"}
+    assert loss.metadata["log_bound"] == pytest.approx(log_curvature_bound(model).item())
+    assert total == pytest.approx(loss.metadata["raw_loss"] + 0.5 * loss.metadata["log_bound"])
+    with pytest.raises(ValueError, match="not a low-curvature network"):
+        CurvatureBoundRegularizedLoss(nn.Linear(2, 2))
+
+
 def test_curvature_losses_refuse_a_network_without_beta_and_gamma():
     for loss in (CurvatureRegularizedLoss, CurvatureAndGradientRegularizedLoss):
         with pytest.raises(ValueError, match="resnet18lcnn"):
@@ -163,4 +219,4 @@ def test_a_loss_need_not_extend_celoss(model):
 
 
 def test_the_registry_names_the_references_regularizers():
-    assert list(regularizers) == ["none", "gnorm", "curvature", "curvature_and_gnorm"]
+    assert list(regularizers)[:4] == ["none", "gnorm", "curvature", "curvature_and_gnorm"]

@@ -2,9 +2,9 @@
 
 A checkpoint is one torch file of plain tensors, dicts, lists, numbers and strings (loaded with weights_only=True):
 
-    format "lcnn", version 1; model_arch, dataset, num_classes, image_size, class_names, flags (all of the run's);
-    data (their fingerprint); epoch (the last one done), metrics (one dict per epoch), model (state_dict), and, until
-    the run is finished, optimizer (state_dict).
+    format "lcnn", version 1; model_arch, lcnn (whether --lcnn made that low-curvature), dataset, num_classes,
+    image_size, class_names, flags (all of the run's); data (their fingerprint); epoch (the last one done), metrics (one
+    dict per epoch), model (state_dict), and, until the run is finished, optimizer (state_dict).
 """
 
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models.model_selector import model_architecture
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError, UserError, one_line
 from utils.files import read_tensors, write_atomically
+from utils.outside_model import build_outside_model, is_outside, load_weights
 from utils.reference_checkpoint import convert_reference_checkpoint
 
 FORMAT = {"format": "lcnn", "version": 1}
@@ -37,6 +38,11 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_atomically(path, lambda file: torch.save(plain(FORMAT | checkpoint), file))
 
 
+def is_checkpoint(content) -> bool:
+    """Whether a torch file's content is a checkpoint of this program."""
+    return isinstance(content, dict) and content.get("format") == FORMAT["format"]
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of ours, or a bare state_dict of the reference code as if it were one (without ``format``).
 
@@ -44,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict:
         UserError: if there is no such file, it is damaged, or it is another program's.
     """
     checkpoint = read_tensors(Path(path), "checkpoint", "use another copy of it")
-    if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT["format"]:
+    if is_checkpoint(checkpoint):
         if checkpoint.get("version") != FORMAT["version"]:
             raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
         if missing := REQUIRED - checkpoint.keys():
@@ -71,24 +77,39 @@ def check_architecture(checkpoint: dict, path: str | Path, model_arch: str | Non
     raise UsageError(f"{path} holds a {own}, not a {model_arch}; leave --model-arch out")
 
 
+def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path, arch: str) -> nn.Module:
+    """The model with a checkpoint's weights, and in their dtype; UserError if they do not fit."""
+    try:
+        load_weights(model, state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the weights do not fit a {arch} ({one_line(error)})") from error
+    return model
+
+
 def build_model(checkpoint: dict, path: str | Path, model_arch: str | None = None) -> nn.Module:
     """The network of a checkpoint, on the CPU, in eval mode, in the checkpoint's own dtype.
 
     Raises:
-        UsageError: if model_arch is given and is another architecture.
+        UsageError: if model_arch is given and is another architecture; or is not given, and the checkpoint names code
+            of another project, which a file must not run by itself.
         UserError: if the weights do not fit the architecture.
     """
     arch = check_architecture(checkpoint, path, model_arch)
-    if arch not in model_architecture:
+    num_classes, image_size = checkpoint["num_classes"], checkpoint["image_size"]
+    if is_outside(arch):
+        if model_arch is None:
+            raise UsageError(f"{path} is of a network that {arch} makes; if you trust that, give --model-arch {arch}")
+        model = build_outside_model(arch, None, num_classes, image_size if checkpoint.get("lcnn") else None, quiet=True)
+    elif arch in model_architecture:
+        try:
+            model = model_architecture[arch](num_classes, image_size)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: its image size {image_size} and {num_classes} classes do not fit a {arch} ({one_line(error)})"
+            ) from error
+    else:
         raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
-    state = checkpoint["model"]
-    try:
-        model = model_architecture[arch](checkpoint["num_classes"], checkpoint["image_size"])
-        model.to(state["classifier.bias"].dtype).load_state_dict(state)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: the weights do not fit a {arch} ({reason})") from error
-    return model.eval()
+    return load_state(model, checkpoint["model"], path, arch).eval()
 
 
 def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
@@ -96,7 +117,7 @@ def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
 
     Args:
         path: the checkpoint file.
-        model_arch: its architecture, if you want that checked.
+        model_arch: its architecture, if you want that checked; needed where it is package.module:callable, which runs.
 
     Returns:
         A module mapping (N, 3, H, H) pixels in [0, 1] to (N, classes) logits, H the checkpoint's image size.

@@ -5,10 +5,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 
+from models.model_selector import model_architecture
 from utils.errors import UsageError, UserError
+from utils.outside_model import is_outside
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -57,6 +60,49 @@ positive_float = number(float, 0, exclusive=True)
 nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
 image_size = number(int, 16, multiple_of=16)
+
+
+def pixel_distance(text: str) -> float:
+    """An argparse type: a positive number, or a fraction such as 8/255."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return value
+
+
+def architecture(text: str) -> str:
+    """An argparse type: one of ours by name, or package.module:callable."""
+    if text not in model_architecture and not is_outside(text):
+        ours = ", ".join(model_architecture)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {ours}")
+    return text
+
+
+def add_architecture_flags(group, default: str | None = None, remark: str = "") -> None:
+    """--model-arch and --lcnn, the same in every script."""
+    ours = ", ".join(model_architecture)
+    group.add_argument(
+        "--model-arch",
+        type=architecture,
+        metavar="NAME",
+        default=default,
+        help=f"{ours}; or package.module:callable, any function that returns a network{remark}",
+    )
+    group.add_argument(
+        "--lcnn",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="make the network of a package.module:callable low-curvature, see models/conversion.py (default: off)",
+    )
+
+
+def check_architecture_flags(flags: argparse.Namespace) -> None:
+    """Raise UsageError if --lcnn is given with an architecture of ours, or with none."""
+    if flags.lcnn and not is_outside(flags.model_arch):
+        raise UsageError("--lcnn is for --model-arch package.module:callable; ours are named, such as resnet18lcnn")
 
 
 def device(text: str) -> torch.device:

@@ -5,6 +5,7 @@ In eval mode examples do not mix, so the Hessian of the summed loss is block dia
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,21 @@ class CrossEntropyGradient(torch.autograd.Function):
     def backward(ctx, dz):
         (logits,) = ctx.saved_tensors
         return cross_entropy_hessian_product(logits, dz), None
+
+
+def input_vector_jacobian_product(
+    network: nn.Module | FoldedNetwork, images: Tensor, cotangent: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(N, classes) logits z at images (N, ...), and the (N, ...) gradient of <cotangent(z), z>, cotangent(z) constant.
+
+    The network is frozen and in eval mode. The cotangent dl/dz of a loss l makes it the input gradient of l; a one-hot
+    row makes it that of a logit.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        at = images.detach().clone().requires_grad_()
+        logits = network(at.clone())  # a clone, for models that begin with something in place
+    (gradient,) = torch.autograd.grad(logits, at, cotangent(logits.detach()))
+    return logits.detach(), gradient
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -55,6 +56,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise UserError(f"{path} could not be written ({error.strerror or error}); {remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_room(path: Path) -> None:
+    """Raise UserError unless path can be written, before the work it is to hold is done; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

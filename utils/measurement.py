@@ -1,4 +1,4 @@
-"""Measuring a split: choosing its examples, and going through them in batches, on one process or several."""
+"""Measuring the curvature of a split's examples in batches, on one process or several."""
 
 from pathlib import Path
 
@@ -12,12 +12,6 @@ from utils.curvature import CurvatureEstimate, estimate_curvature
 from utils.distributed import gather_shares, own_share
 from utils.progress import progress
 from utils.results import COLUMNS, Measurement
-
-
-def choose_examples(num_examples: int, count: int, seed: int) -> Tensor:
-    """At most ``count`` of the examples at random: positions, each at most once, increasing."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_examples, generator=generator)[:count].sort().values
 
 
 def example_generators(indices: Tensor, seed: int) -> list[torch.Generator]:

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from models.conversion import low_curvature
 from utils.errors import UsageError, UserError, one_line
 from utils.files import read_tensors
 
@@ -133,7 +134,21 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def build_outside_model(model_arch: str, path: str | Path | None, num_classes: int) -> nn.Module:
+def as_low_curvature(model: nn.Module, name: str, image_size: int, quiet: bool) -> nn.Module:
+    """The low-curvature version for square images of that size; what was replaced is printed unless ``quiet``."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        model, report = low_curvature(model, like.new_zeros(1, 3, image_size, image_size))
+    except Exception as error:  # the model's own code runs here
+        raise UserError(f"{name}: cannot be made low-curvature ({one_line(error)}); leave --lcnn out") from error
+    if not quiet:
+        print(f"{name}, made low-curvature:\n{report}")
+    return model
+
+
+def build_outside_model(
+    model_arch: str, path: str | Path | None, num_classes: int, lcnn_size: int | None = None, quiet: bool = False
+) -> nn.Module:
     """Call what model_arch names, and load the weights at path into the model it returns.
 
     Args:
@@ -141,6 +156,8 @@ def build_outside_model(model_arch: str, path: str | Path | None, num_classes: i
         path: a file with the model's state_dict, bare or wrapped as training scripts do; None if the callable
             returns the model with its weights.
         num_classes: passed to the callable if it has such a parameter.
+        lcnn_size: height and width of the images for which the model is made low-curvature, before the weights are
+            loaded; what was replaced is printed unless ``quiet``. None for the model as it is.
 
     Returns:
         The model in eval mode, in the dtype of its weights.
@@ -157,6 +174,8 @@ def build_outside_model(model_arch: str, path: str | Path | None, num_classes: i
             raise UserError(f"{model_arch}: failed to build the model ({one_line(error)}); mend it") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
+    if lcnn_size:
+        model = as_low_curvature(model, model_arch, lcnn_size, quiet)
     if path is not None:
         state = read_state_dict(path)
         try:

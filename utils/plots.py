@@ -104,6 +104,40 @@ def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]
     save_figure(figure, path)
 
 
+ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # name in a summary -> in the picture, its line
+
+
+def plot_robustness(path: Path, names: Sequence[str], summaries: Sequence[dict]) -> None:
+    """Accuracy by eps, a panel for each norm, and the gradients' relative change by delta, a panel for each gradient.
+
+    Args:
+        names: for the legend, one for each summary.
+        summaries: as utils.robustness makes them, all with the same settings.
+    """
+    norms = list(dict.fromkeys(attack.split("_")[1] for attack in summaries[0]["robust_accuracy"]))
+    quantities = list(summaries[0]["stability"])
+    figure, axes = new_figure(len(norms) + len(quantities))
+    for axis, norm in zip(axes, norms, strict=False):
+        axis.set(xlabel=f"{norm} eps", title=f"accuracy under attack, {norm}, %")
+        for i, summary in enumerate(summaries):
+            for attack, (title, line) in ATTACKS.items():
+                if accuracies := summary["robust_accuracy"].get(f"{attack}_{norm}"):
+                    xs, ys = [0.0, *map(float, accuracies)], [summary["accuracy"], *accuracies.values()]
+                    label = names[i] if attack == "pgd" else f"{names[i]}, {title}"
+                    axis.plot(xs, ys, line, marker=".", color=f"C{i}", label=label)
+    for axis, quantity in zip(axes[len(norms) :], quantities, strict=True):
+        axis.set(xlabel="l2 norm of delta", title=f"relative change of the {quantity}'s gradient", yscale="log")
+        for i, summary in enumerate(summaries):
+            changes = summary["stability"][quantity]
+            axis.plot(list(map(float, changes)), [c["mean"] for c in changes.values()], marker=".", color=f"C{i}")
+    handles, labels = axes[0].get_legend_handles_labels()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    save_figure(figure, path)
+
+
 def plot_layers(path: Path, tables: list[tuple[str, LayerTable]]) -> None:
     """beta and gamma of every layer, on a log axis: a row of two panels for each network.
 

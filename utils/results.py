@@ -23,16 +23,27 @@ INDICES_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One model on the chosen examples of one split."""
+class ExampleTable:
+    """Numbers of one model on the chosen examples of one split."""
 
     model: str  # the checkpoint's path, or the callable that made the model
     split: str  # train or test
-    columns: dict[str, np.ndarray]  # name -> (N,): COLUMNS, and with --top-k and --trace-probes more
+    columns: dict[str, np.ndarray]  # name -> (N,)
     source: str = ""  # the result file it was read from
 
     def __len__(self) -> int:
         return len(self.columns["index"])
+
+    def rows(self) -> list[dict]:
+        """One dict per example: model, split and the columns."""
+        columns = {name: column.tolist() for name, column in self.columns.items()}
+        head = {"model": self.model, "split": self.split}
+        return [head | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Measurement(ExampleTable):
+    """Curvature; the columns are COLUMNS, and with --top-k and --trace-probes more."""
 
     def left_out(self) -> dict[str, np.ndarray]:
         """Reason -> (N,) mask of the examples for which C means nothing, and which no average may hide; one each.
@@ -50,12 +61,6 @@ class Measurement:
     def averaged(self) -> np.ndarray:
         """(N,) mask of the examples that enter averages and pictures: those not left out."""
         return ~np.any(list(self.left_out().values()), axis=0)
-
-    def rows(self) -> list[dict]:
-        """One dict per example: model, split and the columns."""
-        columns = {name: column.tolist() for name, column in self.columns.items()}
-        head = {"model": self.model, "split": self.split}
-        return [head | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def distribution(values: np.ndarray) -> dict[str, float]:
@@ -114,7 +119,7 @@ def format_measurement(measurement: Measurement) -> str:
     return "\n".join(lines)
 
 
-def model_names(measurements: Sequence[Measurement]) -> list[str]:
+def model_names(measurements: Sequence[ExampleTable]) -> list[str]:
     """A short name for each measurement's model: its file's, as much longer as it takes to tell them apart."""
 
     def distinct(names: list[str]) -> bool:

@@ -13,7 +13,8 @@ MACHINE_FLAGS = {"device", "output_dir", "download", "resume", "overwrite"}
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Paths of a run: <arch>[_<regularizer>]_<dataset>.pt at its end, ....unfinished.pt after each epoch until then."""
+    """Paths of a run: <arch>[_<regularizer>][_adversarial]_<dataset>.pt at its end, ....unfinished.pt after each epoch
+    until then. <arch> of package.module:callable has a dot for the colon, and "lcnn" at its end with --lcnn."""
 
     checkpoint: Path
     unfinished: Path
@@ -23,8 +24,10 @@ class RunFiles:
     @staticmethod
     def named(flags: argparse.Namespace) -> "RunFiles":
         """The files of the run that train_models.py's flags describe; makes the output directory."""
-        regularizer = [] if flags.regularizer == "none" else [flags.regularizer]
-        name = "_".join([flags.model_arch, *regularizer, flags.dataset])
+        parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
+        parts += [flags.regularizer] if flags.regularizer != "none" else []
+        parts += ["adversarial"] if flags.adversarial_training else []
+        name = "_".join([*parts, flags.dataset])
         directory = flags.output_dir
         directory.mkdir(parents=True, exist_ok=True)
         return RunFiles(

@@ -13,16 +13,31 @@ from regularized_loss import CELoss
 from utils.errors import UserError
 
 
-def build_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with weight decay on everything except log beta and log gamma (paper, appendix: they have penalties)."""
-    undecayed = [m.log_beta for m in model.modules() if isinstance(m, CenteredSoftplus)]
-    undecayed += [m.log_gamma for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
+def build_optimizer(
+    model: nn.Module, lr: float, momentum: float, weight_decay: float, beta_weight_decay: float = 0.0
+) -> torch.optim.SGD:
+    """SGD with weight decay on everything except log beta and log gamma (paper, appendix: they have penalties).
+
+    beta_weight_decay is for beta itself, not for the log beta that is trained, whose decay would draw beta to 1.
+    """
+    log_betas = [m.log_beta for m in model.modules() if isinstance(m, CenteredSoftplus)]
+    undecayed = log_betas + [m.log_gamma for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
     undecayed_ids = {id(parameter) for parameter in undecayed}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in undecayed_ids]
     groups = [{"params": decayed, "weight_decay": weight_decay}]
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+    @torch.no_grad()
+    def decay_betas(*_) -> None:
+        for log_beta in log_betas:
+            if log_beta.grad is not None:  # d/d(log beta) of weight / 2 * beta^2
+                log_beta.grad += beta_weight_decay * (2 * log_beta).exp()
+
+    if beta_weight_decay:
+        optimizer.register_step_pre_hook(decay_betas)
+    return optimizer
 
 
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:

@@ -1,0 +1,154 @@
+"""Evaluate how robust trained models are: the stability of their input gradients, and their accuracy under attack.
+
+    python evaluate_robustness.py --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
+
+Several files are examined on the same examples. --autoattack needs AutoAttack (pip install pyautoattack).
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from utils import cli, distributed
+from utils.attacks import NORMS, import_auto_attack
+from utils.curvature import measurable
+from utils.errors import UsageError
+from utils.files import make_room
+from utils.outside_model import is_outside
+from utils.plots import plot_robustness
+from utils.results import model_names
+from utils.robustness import Robustness, RobustnessSettings, examine_split, format_summary, write_robustness
+from utils.subjects import add_subject_flags, check_subject_flags, chosen_splits, load_subjects
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="evaluate_robustness.py", description=__doc__.splitlines()[0])
+
+    what = parser.add_argument_group("what to examine")
+    add_subject_flags(what, default_split="test")
+
+    attacks = parser.add_argument_group("attacks, on images in [0, 1]")
+    attacks.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS), help="of the perturbations")
+    attacks.add_argument(
+        "--eps-l2", nargs="+", type=cli.pixel_distance, default=[0.05, 0.1, 0.15, 0.2], metavar="EPS", help="l2 radii"
+    )
+    attacks.add_argument(
+        "--eps-linf",
+        nargs="+",
+        type=cli.pixel_distance,
+        default=[1 / 255, 2 / 255, 4 / 255],
+        metavar="EPS",
+        help="l-infinity radii; fractions such as 8/255 are understood",
+    )
+    attacks.add_argument("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of PGD")
+    attacks.add_argument("--pgd-step-size", type=cli.pixel_distance, help="length of a step (default: 2.5 eps / steps)")
+    attacks.add_argument("--restarts", type=cli.positive_int, default=3, help="random starts of PGD")
+    attacks.add_argument(
+        "--autoattack",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="try AutoAttack on what PGD leaves; far slower (default: off)",
+    )
+
+    stability = parser.add_argument_group("gradient stability")
+    stability.add_argument(
+        "--deltas",
+        nargs="*",
+        type=cli.pixel_distance,
+        default=[0.05, 0.1, 0.15, 0.2],
+        metavar="DELTA",
+        help="l2 norms of the random changes; none given: not measured",
+    )
+    stability.add_argument("--draws", type=cli.positive_int, default=5, help="random changes of each norm an example")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, metavar="FILE.csv", help="write one row per example, and a summary to FILE.json"
+    )
+    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy and stability by distance")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples at once; memory, not results")
+    cli.add_shared_flags(parser)
+    return parser
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raise UsageError on flags that do not go together, UserError if AutoAttack is wanted and not there."""
+    check_subject_flags(flags)
+    if not (flags.model_filename or is_outside(flags.model_arch)):
+        raise UsageError("nothing to examine: give --model-filename, or --model-arch package.module:callable")
+    for path, suffix in ((flags.output, ".csv"), (flags.plot, ".png")):
+        if path and path.suffix != suffix:
+            raise UsageError(f"{path} must end in {suffix}")
+    if flags.autoattack:
+        import_auto_attack()
+
+
+def settings_from(flags: argparse.Namespace) -> RobustnessSettings:
+    """What the flags say is to be tried."""
+    radii = {"l2": flags.eps_l2, "linf": flags.eps_linf}
+    return RobustnessSettings(
+        radii={norm: tuple(sorted(set(radii[norm]))) for norm in NORMS if norm in flags.norms},
+        pgd_steps=flags.pgd_steps,
+        pgd_step_size=flags.pgd_step_size,
+        restarts=flags.restarts,
+        autoattack=flags.autoattack,
+        deltas=tuple(sorted(set(flags.deltas))),
+        draws=flags.draws,
+        seed=flags.prng_seed,
+    )
+
+
+def evaluate(flags: argparse.Namespace) -> list[Robustness]:
+    """Do what the flags say: examine, print, write and draw. Returns a table for each model and split."""
+    check_flags(flags)
+    settings = settings_from(flags)
+    recorded = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(flags).items()}
+    recorded |= {"torch": torch.__version__}
+    first = distributed.rank() == 0
+    torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
+    subjects = load_subjects(flags)
+    for path in (flags.output, flags.plot):
+        if path:
+            make_room(path)
+    tables = []
+    for subject in subjects:
+        print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
+        with measurable(subject.model) as network:
+            for name, split, indices in chosen_splits(subject, flags):
+                columns = examine_split(
+                    network, split, indices, subject.dtype, flags.batch_size, settings, f"{subject.name} {name}"
+                )
+                tables.append(Robustness(subject.name, name, columns))
+                print(format_summary(tables[-1].summary(settings)), flush=True)
+                if flags.output and first:  # after each split: whatever happens later, this much is there
+                    write_robustness(flags.output, tables, settings, recorded)
+    if not flags.autoattack:
+        print("PGD alone can overstate robustness; --autoattack tries harder")
+    if flags.plot and first:
+        names = [f"{name}, {table.split}" for name, table in zip(model_names(tables), tables, strict=True)]
+        plot_robustness(flags.plot, names, [table.summary(settings) for table in tables])
+    for path in (flags.output, flags.output and flags.output.with_suffix(".json"), flags.plot):
+        if path:
+            print(f"saved {path}")
+    return tables
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    def command(flags: argparse.Namespace) -> None:
+        with distributed.process_group(), contextlib.ExitStack() as stack:
+            if distributed.rank() > 0:  # the first process speaks for all
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            evaluate(flags)
+
+    return cli.run(build_parser(), command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Decision boundaries of a standard and a low-curvature network on two moons, as in the paper's first figure.
+
+python -m experiments.two_moons --output two_moons.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from models.layers import CenteredSoftplus
+from regularized_loss import CELoss, CurvatureAndGradientRegularizedLoss
+from utils import cli
+from utils.curvature import CurvatureEstimate, estimate_curvature
+from utils.plots import new_figure, save_figure
+
+NUM_TRAIN, NUM_TEST, NOISE = 100, 1000, 0.2  # few and noisy: enough to overfit to
+WIDTH, STEPS, LEARNING_RATE = 32, 1000, 1e-2  # of the hidden layers; of Adam, on all training points at once
+REG_CONSTANTS = (3e-4, 0.0, 1e-2)  # of beta, gamma (there is no BatchNorm) and the input gradient
+
+
+class Result(NamedTuple):
+    """A trained network, and its test points measured."""
+
+    name: str
+    model: nn.Module
+    accuracy: float  # on the test points, in percent
+    estimate: CurvatureEstimate
+
+    @property
+    def curvature(self) -> float:
+        """The mean of C over the test points."""
+        return self.estimate.curvature.mean().item()
+
+
+def two_moons(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Points (count, 2) in float64, and their classes (count,)."""
+    from sklearn.datasets import make_moons
+
+    points, classes = make_moons(count, noise=noise, random_state=seed)
+    return torch.from_numpy(points), torch.from_numpy(classes)
+
+
+def build_mlp(low_curvature: bool) -> nn.Sequential:
+    """Two hidden layers, standard or low-curvature.
+
+    The last layer of both is free: were it normalized too, the logits would have Lipschitz constant 1, and at the
+    moons' distance of a few tenths the network could not be sure of anything.
+    """
+
+    def hidden(inputs: int) -> list[nn.Module]:
+        linear = nn.Linear(inputs, WIDTH)
+        return [spectral_norm(linear), CenteredSoftplus()] if low_curvature else [linear, nn.Softplus(beta=1000)]
+
+    return nn.Sequential(*hidden(2), *hidden(WIDTH), nn.Linear(WIDTH, 2)).double()
+
+
+def train(model: nn.Module, loss: CELoss, points: Tensor, classes: Tensor) -> None:
+    """Full-batch Adam; leaves the model in eval mode."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    model.train()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss.compute_loss(points, classes).backward()
+        optimizer.step()
+    model.eval()
+
+
+def compare(noise: float, seed: int) -> list[Result]:
+    """Train both networks on the same points, and measure them on the same others."""
+    points, classes = two_moons(NUM_TRAIN, noise, seed)
+    test_points, test_classes = two_moons(NUM_TEST, noise, seed + 1)
+    results = []
+    for low_curvature in (False, True):
+        torch.manual_seed(seed)
+        model = build_mlp(low_curvature)
+        loss = CurvatureAndGradientRegularizedLoss(model, REG_CONSTANTS) if low_curvature else CELoss(model)
+        train(model, loss, points, classes)
+        estimate = estimate_curvature(model, test_points, test_classes)
+        accuracy = 100 * (estimate.predicted == test_classes).double().mean().item()
+        results.append(Result("low-curvature" if low_curvature else "standard", model, accuracy, estimate))
+    return results
+
+
+@torch.no_grad()
+def plot_boundaries(path: Path, results: Sequence[Result], points: Tensor, classes: Tensor) -> None:
+    """A panel for each network: the probability of class 1 as a map, where it is 1/2 as a line, training points."""
+    figure, axes = new_figure(len(results))
+    low, high = points.amin(0).numpy() - 0.5, points.amax(0).numpy() + 0.5
+    x, y = np.meshgrid(*np.linspace(low, high, 300).T)
+    grid = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))
+    for axis, result in zip(axes, results, strict=True):
+        probability = result.model(grid).softmax(dim=1)[:, 1].reshape(x.shape).numpy()
+        axis.contourf(x, y, probability, levels=np.linspace(0, 1, 21), cmap="RdBu", alpha=0.7)
+        axis.contour(x, y, probability, levels=[0.5], colors="black")
+        axis.scatter(*points.T.numpy(), c=classes.numpy(), cmap="RdBu", edgecolors="black", s=18, linewidths=0.6)
+        axis.set_title(f"{result.name}\ntest accuracy {result.accuracy:.1f} %, mean C {result.curvature:.3g}")
+        axis.set(xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
+def draw(path: Path, noise: float, seed: int) -> list[Result]:
+    """Train, measure and print both networks, and draw their decision boundaries."""
+    results = compare(noise, seed)
+    for result in results:
+        print(f"two moons, {result.name}: test accuracy {result.accuracy:.1f} %, mean C {result.curvature:.3g}")
+    plot_boundaries(path, results, *two_moons(NUM_TRAIN, noise, seed))
+    print(f"saved {path}")
+    return results
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="two_moons", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("two_moons.png"), metavar="FILE.png", help="the picture")
+    parser.add_argument("--noise", type=cli.nonnegative_float, default=NOISE, help="standard deviation of the points")
+    parser.add_argument("--prng-seed", "--seed", type=cli.number(int, 0, 2**31), default=1729, help="of everything")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    return cli.run(build_parser(), lambda flags: draw(flags.output, flags.noise, flags.prng_seed), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

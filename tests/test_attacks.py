@@ -1,0 +1,229 @@
+"""Attacks against the exact worst case of linear models, and inside their ball and [0, 1] on any."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import LCNN
+from models.resnet import ResNet
+from utils.attacks import (
+    PGD,
+    adversarial_batches,
+    adversarial_images,
+    auto_attack,
+    import_auto_attack,
+    perturbation_norms,
+    project,
+    strongest,
+)
+from utils.curvature import measurable
+from utils.errors import UserError
+
+SHAPE = (2, 3, 4)  # of an image: 24 pixels
+
+
+def linear(classes: int, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(24, classes)).double()
+
+
+def batch(n: int, classes: int, low: float = 0.3, high: float = 0.7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    images = low + (high - low) * torch.rand(n, *SHAPE, dtype=torch.float64, generator=generator)
+    return images, torch.randint(0, classes, (n,), generator=generator)
+
+
+def generators(n: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+def small_network() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(LCNN, (1, 1, 1, 1), 10, 8)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("images_touch_the_border", [False, True])
+def test_pgd_finds_the_exact_worst_case_of_a_linear_model(norm, images_touch_the_border):
+    """With two classes the cross-entropy is softplus(-m), m the margin of the true class: eps * (dual norm of its
+    gradient) lower at worst. Where a pixel would leave [0, 1] it stops there, which has a closed form in l-infinity."""
+    if images_touch_the_border and norm == "l2":
+        pytest.skip("no closed form")
+    model, n = linear(2), 20
+    images, labels = batch(n, 2, 0.0, 1.0) if images_touch_the_border else batch(n, 2)
+    labels = model(images).argmax(dim=1)
+    w = model[1].weight.detach()
+    slope = (w[labels] - w[1 - labels]).view_as(images)
+
+    def margin(x):
+        return (model(x)[:, 0] - model(x)[:, 1]).detach() * (1 - 2 * labels)
+
+    dual_norm = slope.flatten(1).norm(dim=1) if norm == "l2" else slope.flatten(1).abs().sum(dim=1)
+    eps = float((margin(images) / dual_norm).quantile(0.6))  # the distance to the other class, of most
+    if norm == "l2":
+        worst = images - eps * slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    else:
+        worst = (images - eps * slope.sign()).clamp(0, 1)
+    assert images_touch_the_border == bool((worst == 0).any() or (worst == 1).any())
+    expected = F.cross_entropy(model(worst), labels, reduction="none")
+
+    # a step as long as the radius halves the angle to the worst point each time: 40 steps leave 1e-12
+    attack = PGD(norm, eps, 40, step_size=eps)
+    found = adversarial_images(model, images, labels, attack, generators(n))
+    assert torch.allclose(F.cross_entropy(model(found), labels, reduction="none"), expected, rtol=1e-9)
+
+    with measurable(model) as network:
+        found, fooled = strongest(network, images, labels, attack, 1, generators(n))
+    assert torch.equal(fooled, margin(worst) < 0)  # exactly those that can be
+    assert 0 < fooled.sum() < n
+    stays = ~fooled
+    assert torch.allclose(F.cross_entropy(model(found[stays]), labels[stays], reduction="none"), expected[stays])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(("eps", "step_size"), [(0.05, None), (0.3, 10.0)])
+def test_attacks_stay_in_the_ball_and_in_the_box(norm, eps, step_size):
+    model = small_network()
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # 0 and 1, too
+    labels = model.eval()(images).argmax(dim=1)
+    before = images.clone()
+    attack = PGD(norm, eps, 3, step_size)
+    with measurable(model) as network:
+        points = [strongest(network, images, labels, attack, 2, generators(5))[0]]
+    points += [adversarial_images(model, images, labels, attack), attack.random_start(images, None)]
+    for found in points:
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert perturbation_norms(found - images, norm).max() <= eps * (1 + 1e-5)  # a rounding in float32
+    assert torch.equal(images, before)
+    # the random start and the climb do go somewhere
+    assert all((perturbation_norms(found - images, norm) > 0).all() for found in points[1:])
+
+
+def test_what_is_called_fooled_is_misclassified_and_loss_only_grows():
+    model = linear(4)
+    images, labels = batch(40, 4)
+    with measurable(model) as network, torch.no_grad():
+        found, fooled = strongest(network, images, labels, PGD("l2", 0.1, 5), 3, generators(40))
+        assert torch.equal(network(found).argmax(dim=1) != labels, fooled)
+        before, after = (F.cross_entropy(network(x), labels, reduction="none") for x in (images, found))
+        assert (after >= before).all()
+        wrong = network(images).argmax(dim=1) != labels
+        assert wrong.any()
+        assert torch.equal(found[wrong], images[wrong])  # nothing is to be done there
+        assert fooled[wrong].all()
+        assert not fooled.all()
+
+        alone = [
+            strongest(network, images[i : i + 1], labels[i : i + 1], PGD("l2", 0.1, 5), 3, [generators(40)[i]])[0]
+            for i in range(40)
+        ]
+        assert torch.allclose(torch.cat(alone), found)  # an example's attack does not depend on its batch
+
+
+def test_restarts_find_what_one_start_does_not():
+    """A loss with a local maximum near the image and a larger one elsewhere: some starts climb the wrong hill."""
+
+    class TwoHills(nn.Module):
+        def forward(self, x):
+            z = x.flatten(1)[:, 0] - 0.5
+            wrong = torch.exp(-(((z + 0.3) / 0.05) ** 2)) + 2 * torch.exp(-(((z - 0.3) / 0.1) ** 2))
+            return torch.stack([torch.full_like(z, 1.5), wrong], dim=1)
+
+    images, labels = torch.full((20, 1, 1, 1), 0.4, dtype=torch.float64), torch.zeros(20, dtype=torch.int64)
+    with measurable(TwoHills()) as network:
+        fooled = [
+            strongest(network, images, labels, PGD("linf", 0.5, 10, 0.05), n, generators(20))[1].sum().item()
+            for n in (1, 10)
+        ]
+    assert 0 < fooled[0] < fooled[1] == 20
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was_found(training):
+    model = small_network().train(training)
+    model.stem.conv.weight.requires_grad_(False)
+    model.stages[0].eval()
+    modes = [module.training for module in model.modules()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = []
+    model.stem.register_forward_hook(lambda module, *_: seen.append(module.training))
+    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([1, 2])
+    adversarial_images(model, images, labels, PGD("l2", 0.1, 2))
+    with pytest.raises(RuntimeError, match="channels"):  # an attack that fails puts everything back, too
+        adversarial_images(model, images[:, :2], labels, PGD("l2", 0.1, 2))
+    assert seen
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adversarial_batches_follow_the_model_as_it_trains():
+    model = linear(2)
+    images, labels = batch(3, 2)
+    attack = PGD("linf", 0.1, 5, 0.1)
+    for found, its_labels in adversarial_batches(model, [(images, labels)] * 2, attack):
+        w = model[1].weight.detach()
+        slope = (w[labels] - w[1 - labels]).view_as(images)
+        assert torch.allclose(found, images - 0.1 * slope.sign())
+        assert its_labels is labels
+        model[1].weight.data.neg_()  # the optimizer's step
+
+
+def test_projection():
+    delta = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    assert torch.allclose(project(delta, "l2", 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    assert torch.allclose(project(delta, "linf", 0.35), torch.tensor([[0.35, 0.35], [0.3, 0.35], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("l1", 0.1, 3), "unknown norm 'l1'"),
+        (("l2", 0.0, 3), "eps"),
+        (("l2", 0.1, 0), "steps"),
+        (("l2", 1, 1, -1), "size"),
+    ],
+)
+def test_refuses_attacks_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PGD(*arguments)
+
+
+@pytest.mark.parametrize(("norm", "classes"), [("l2", 4), ("linf", 4), ("l2", 2)])
+def test_autoattack_finds_exactly_those_of_a_linear_model_that_can_be_fooled(norm, classes):
+    """The distance to the nearest other class is known; eps is a little more than that for two, less for the rest."""
+    model = linear(classes).float()
+    images, labels = (x.float() if x.is_floating_point() else x for x in batch(4, classes))
+    labels = model(images).argmax(dim=1)
+    logits, w = model(images).detach(), model[1].weight.detach()
+    gap = logits.gather(1, labels[:, None]) - logits
+    slope = w[labels][:, None] - w[None]
+    dual = slope.norm(dim=2) if norm == "l2" else slope.abs().sum(dim=2)
+    distance = (gap / dual).nan_to_num(torch.inf).scatter(1, labels[:, None], torch.inf).amin(dim=1)
+    order = distance.sort().values
+    eps = float((order[1] + order[2]) / 2)
+    assert order[1] * 1.02 < eps < order[2] * 0.98
+    assert eps < 0.3  # the box plays no part
+
+    state = torch.get_rng_state()
+    with measurable(model) as network, torch.no_grad():
+        found = auto_attack(network, images, labels, norm, eps, seed=0)
+        assert torch.equal(network(found).argmax(dim=1) != labels, distance < eps)
+    assert torch.equal(torch.get_rng_state(), state)  # it seeds its own
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert perturbation_norms(found - images, norm).max() <= eps * (1 + 1e-5)
+
+
+def test_without_autoattack_there_is_one_clear_line(monkeypatch):
+    for package in ("autoattack", "pyautoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="pip install pyautoattack, or leave --autoattack out"):
+        import_auto_attack()

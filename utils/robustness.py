@@ -1,0 +1,248 @@
+"""Robustness at single examples: how stable the input gradient is, and which examples withstand attacks.
+
+Gradient stability of a function f at x (paper, section 5): ||grad f(x + delta) - grad f(x)|| / ||grad f(x)|| for random
+delta of a given l2 norm, f being the example's loss or the logit of its true class.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batches import Split, to_pixels
+from models.folding import FoldedNetwork
+from utils.attacks import PGD, auto_attack, loss_gradient, strongest
+from utils.curvature import Generators, draw_normal
+from utils.derivatives import cross_entropy, input_vector_jacobian_product
+from utils.distributed import gather_shares, own_share
+from utils.eigenvalues import normalize, norms
+from utils.files import write_atomically, write_csv
+from utils.measurement import example_generators
+from utils.progress import progress
+from utils.results import ExampleTable, strict_json
+
+STABILITY = {"loss": "loss", "logit": "true-class logit"}  # f in the names of columns, and in words
+
+
+@dataclass(frozen=True)
+class RobustnessSettings:
+    """What is tried on every example. Distances are in units of pixels in [0, 1]."""
+
+    radii: dict[str, tuple[float, ...]]  # "l2" or "linf" -> the eps to attack with
+    pgd_steps: int = 20
+    pgd_step_size: float | None = None  # None: see utils.attacks.PGD
+    restarts: int = 3
+    autoattack: bool = False
+    deltas: tuple[float, ...] = ()  # l2 norms of the random changes for gradient stability
+    draws: int = 5  # how many of them an example
+    seed: int = 0
+
+
+@torch.no_grad()
+def gradient_stability(
+    gradient: Callable[[Tensor], Tensor],
+    images: Tensor,
+    deltas: Sequence[float],
+    draws: int,
+    generator: Generators = None,
+) -> Tensor:
+    """||grad f(x + delta) - grad f(x)|| / ||grad f(x)||, the mean over random directions of delta.
+
+    x + delta is not cut to [0, 1]: its distance is meant to be exact.
+
+    Args:
+        gradient: x (N, ...) -> (N, ...), the gradient of each example's f.
+        images: (N, ...) the x.
+        deltas: k l2 norms; all are tried in the same directions.
+        draws: how many directions.
+
+    Returns:
+        (k, N), NaN where grad f(x) is zero.
+    """
+    here = gradient(images)
+    changes = images.new_zeros(len(deltas), len(images))
+    for _ in range(draws):
+        direction = normalize(draw_normal(images, generator).flatten(1)).view_as(images)
+        for change, delta in zip(changes, deltas, strict=True):
+            change += norms(gradient(images + delta * direction) - here) / draws
+    return torch.where(norms(here) > 0, changes / norms(here), torch.nan)
+
+
+def input_gradient_of(quantity: str, network: nn.Module | FoldedNetwork, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """x (N, ...) -> (N, ...): the input gradient of each example's "loss", or of the "logit" of its true class."""
+    if quantity == "loss":
+        return lambda x: loss_gradient(network, x, labels)[1]
+
+    def true_class(logits: Tensor) -> Tensor:
+        return F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+
+    return lambda x: input_vector_jacobian_product(network, x, true_class)[1]
+
+
+@torch.no_grad()
+def withstood(
+    network: nn.Module | FoldedNetwork,
+    images: Tensor,
+    labels: Tensor,
+    radii: Sequence[float],
+    attack: Callable[[Tensor, float], Tensor],
+    standing: dict[float, Tensor] | None = None,
+) -> dict[float, Tensor]:
+    """Which examples are classified correctly as they are and wherever an attack led them.
+
+    A ball holds every smaller one: who is fooled at one radius counts as fooled at all larger ones. So accuracy never
+    rises with the radius, and never above that of the images themselves.
+
+    Args:
+        network: frozen and in eval mode.
+        images: (N, ...) pixels in [0, 1].
+        labels: (N,) class indices.
+        radii: of the attacks.
+        attack: (k,) positions of the examples still standing, and a radius -> (k, ...) images in the balls around them.
+        standing: who withstood another attack at these radii; the others are not tried again.
+
+    Returns:
+        radius -> (N,) mask, smallest radius first.
+    """
+    left = network(images).argmax(dim=1) == labels
+    found = {}
+    for radius in sorted(radii):
+        left = left & standing[radius] if standing else left.clone()
+        rows = left.nonzero()[:, 0]
+        if len(rows):
+            left[rows] = network(attack(rows, radius)).argmax(dim=1) == labels[rows]
+        found[radius] = left
+    return found
+
+
+def examine(
+    network: nn.Module | FoldedNetwork,
+    images: Tensor,
+    labels: Tensor,
+    settings: RobustnessSettings,
+    generators: list[torch.Generator],
+) -> dict[str, Tensor]:
+    """Everything the settings ask for, at a batch of examples.
+
+    Args:
+        network: frozen and in eval mode, see ``utils.curvature.measurable``.
+        images: (N, ...) pixels in [0, 1].
+        labels: (N,) class indices.
+        generators: one for each example, so that its results do not depend on the batch.
+
+    Returns:
+        Columns (N,) on the CPU: predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for
+        those that withstand. AutoAttack is tried on what PGD left standing, and its columns tell of both.
+    """
+    with torch.no_grad():
+        logits = network(images)
+    columns = {"predicted": logits.argmax(dim=1), "loss": cross_entropy(logits, labels)}
+    for quantity in STABILITY if settings.deltas else ():
+        gradient = input_gradient_of(quantity, network, labels)
+        stability = gradient_stability(gradient, images, settings.deltas, settings.draws, generators)
+        names = (f"stability_{quantity}_{delta:g}" for delta in settings.deltas)
+        columns |= dict(zip(names, stability, strict=True))
+
+    def pgd(norm: str, rows: Tensor, eps: float) -> Tensor:
+        attack = PGD(norm, eps, settings.pgd_steps, settings.pgd_step_size)
+        own = [generators[row] for row in rows.tolist()]
+        return strongest(network, images[rows], labels[rows], attack, settings.restarts, own)[0]
+
+    def auto(norm: str, rows: Tensor, eps: float) -> Tensor:
+        return auto_attack(network, images[rows], labels[rows], norm, eps, settings.seed)
+
+    for norm, radii in settings.radii.items():
+        standing = withstood(network, images, labels, radii, partial(pgd, norm))
+        columns |= {f"pgd_{norm}_{eps:g}": mask for eps, mask in standing.items()}
+        if settings.autoattack:
+            standing = withstood(network, images, labels, radii, partial(auto, norm), standing)
+            columns |= {f"autoattack_{norm}_{eps:g}": mask for eps, mask in standing.items()}
+    return {name: column.cpu() for name, column in columns.items()}
+
+
+def examine_split(
+    network: nn.Module | FoldedNetwork,
+    split: Split,
+    indices: Tensor,
+    dtype: torch.dtype,
+    batch_size: int,
+    settings: RobustnessSettings,
+    description: str = "",
+) -> dict[str, np.ndarray]:
+    """``examine`` at some examples of a split, (n,) positions, batch by batch; every process does its share.
+
+    Returns:
+        The columns of a result file, (n,), in the order of ``indices``, on every process.
+    """
+    parts = own_share(list(indices.split(batch_size)))
+    shares = []
+    for part in progress(parts, description, sum(map(len, parts)), "examples", size=len):
+        batch = split[part.to(split.images.device)]
+        generators = example_generators(part, settings.seed)
+        found = examine(network, to_pixels(batch.images, dtype), batch.labels, settings, generators)
+        shares.append({"index": part, "label": batch.labels.cpu(), **found})
+    columns = gather_shares(shares)
+    return {name: np.concatenate([share[name].numpy() for share in columns]) for name in columns[0]}
+
+
+@dataclass(frozen=True)
+class Robustness(ExampleTable):
+    """One model on the chosen examples of one split; see ``examine`` for the columns."""
+
+    def summary(self, settings: RobustnessSettings) -> dict:
+        """Accuracies in percent, by attack and eps, and the mean and standard deviation of stability, by delta.
+
+        Examples whose gradient is zero or not finite have no stability; ``left_out`` counts them.
+        """
+        columns = self.columns
+        robust, stability = {}, {}
+        for attack in ("pgd", "autoattack"):
+            for norm, radii in settings.radii.items():
+                cells = {f"{eps:g}": columns.get(f"{attack}_{norm}_{eps:g}") for eps in sorted(radii)}
+                if not any(cell is None for cell in cells.values()):
+                    robust[f"{attack}_{norm}"] = {eps: 100 * float(cell.mean()) for eps, cell in cells.items()}
+        for quantity in STABILITY if settings.deltas else ():
+            stability[quantity] = {}
+            for delta in sorted(settings.deltas):
+                values = columns[f"stability_{quantity}_{delta:g}"].astype(np.float64)
+                kept = values[np.isfinite(values)]
+                mean, sd = (float(kept.mean()), float(kept.std())) if len(kept) else (np.nan, np.nan)
+                stability[quantity][f"{delta:g}"] = {"mean": mean, "sd": sd, "left_out": len(values) - len(kept)}
+        return {
+            "model": self.model,
+            "split": self.split,
+            "examples": len(self),
+            "accuracy": 100 * float(np.mean(columns["predicted"] == columns["label"])),
+            "robust_accuracy": robust,
+            "stability": stability,
+        }
+
+
+def format_summary(summary: dict) -> str:
+    """A model's summary for the screen."""
+    lines = [f"  {summary['split']}, {summary['examples']} examples, accuracy {summary['accuracy']:.2f} %"]
+    for attack, accuracies in summary["robust_accuracy"].items():
+        name, norm = attack.split("_")
+        title = f"{ {'pgd': 'PGD', 'autoattack': 'PGD and AutoAttack'}[name] }, {norm}: accuracy in %"
+        lines.append(f"    {title:<44}" + "".join(f"  eps {eps}: {value:.2f}" for eps, value in accuracies.items()))
+    for quantity, changes in summary["stability"].items():
+        title = f"relative change of the {STABILITY[quantity]}'s gradient"
+        cells = "".join(f"  delta {delta}: {value['mean']:.3f}" for delta, value in changes.items())
+        lines.append(f"    {title:<44}{cells}")
+        if left_out := max(value["left_out"] for value in changes.values()):
+            lines.append(f"    left out of these: {left_out} whose gradient is zero or not finite")
+    return "\n".join(lines)
+
+
+def write_robustness(path: Path, tables: Sequence[Robustness], settings: RobustnessSettings, flags: dict) -> None:
+    """One row per model, split and example to path, a CSV; summaries and flags to the .json of the same name."""
+    write_csv(path, [row for table in tables for row in table.rows()])
+    content = {"settings": flags, "models": [table.summary(settings) for table in tables]}
+    text = json.dumps(strict_json(content), indent=1, allow_nan=False)
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
