@@ -15,7 +15,8 @@ from torch import nn
 
 import evaluate_robustness
 import train_models
-from models.model_selector import model_architecture
+from models.layers import LCNN
+from models.resnet import ResNet
 from utils.attacks import PGD, strongest
 from utils.curvature import measurable
 from utils.robustness import RobustnessSettings, examine, gradient_stability, input_gradient_of, withstood
@@ -82,8 +83,8 @@ def test_stability_of_the_loss_is_that_of_its_gradient():
 
 def test_a_folded_network_gives_the_same_columns():
     torch.manual_seed(0)
-    model = model_architecture["vgg11lcnn"](10, 16).double()
-    images = torch.rand(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = ResNet(LCNN, (1, 1, 1, 1), 10, 8).double()
+    images = torch.rand(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = model.eval()(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 10  # one is wrong as it is
     settings = RobustnessSettings({"l2": (0.5, 4.0), "linf": (0.2,)}, 3, None, 2, deltas=(0.1, 0.5), draws=2)
