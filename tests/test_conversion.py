@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -254,14 +255,30 @@ class InPlace(nn.Module):
         return (x + y + z).mean(dim=(2, 3))
 
 
-@pytest.mark.parametrize("model", [Shared(), Shared(inplace=True), InPlace()], ids=["shared", "inplace", "effect"])
-def test_sharp_activations_alone_leave_a_relu_network_as_it_was(model):
-    model = copy.deepcopy(model).double().eval()
+class InPlaceModule(nn.Module):
+    """The same, by a module alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.act(x)
+        return x.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_activations"), [(Shared, 4), (partial(Shared, inplace=True), 4), (InPlace, 3), (InPlaceModule, 1)]
+)
+def test_sharp_activations_alone_leave_a_relu_network_as_it_was(kind, num_activations):
+    torch.manual_seed(0)
+    model = kind().double().eval()
     x = images(dtype=torch.float64)
     network, report = convert(model, x, **ONLY_ACTIVATIONS)
     make_sharp(network)
     torch.testing.assert_close(network(x), model(x), rtol=0, atol=1e-6)
-    assert len(betas(network)) == len(report.replaced) == 4 - isinstance(model, InPlace)
+    assert len(betas(network)) == len(report.replaced) == num_activations
     assert {entry.by for entry in report.replaced} == {"CenteredSoftplus"}
     assert_nothing_left_unreported(network, report, x)
 
