@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from data.batches import Split
-from models.layers import LipschitzBatchNorm2d
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
 from utils.training import build_optimizer, calibrate_batchnorm, evaluate, learning_rate
 
@@ -65,3 +65,18 @@ def test_evaluate_counts_by_hand():
     loss, accuracy = evaluate(model, split, batch_size=3)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item())
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).double().mean().item())
+
+
+def test_weight_decay_on_beta_is_on_beta_itself():
+    """One step without momentum: log beta falls by lr * (its gradient + weight * beta^2); the rest is not touched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), CenteredSoftplus(3.0), nn.Linear(4, 2), CenteredSoftplus(0.2)).double()
+    x = torch.rand(5, 3, dtype=torch.float64)
+    gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, lr=0.1, momentum=0.0, weight_decay=0.0, beta_weight_decay=0.7)
+    model(x).square().sum().backward()
+    optimizer.step()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        decay = 0.7 * (2 * before[name]).exp() if "log_beta" in name else 0.0
+        assert torch.allclose(parameter, before[name] - 0.1 * (gradient + decay), rtol=1e-12), name

@@ -1,0 +1,122 @@
+"""Networks of other projects through the three scripts, as they are and made low-curvature by --lcnn."""
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import assert_one_line_error, run_main
+
+import estimate_curvature
+import evaluate_robustness
+import train_models
+from models.layers import CenteredSoftplus
+from utils.checkpoint import load_model
+from utils.errors import UsageError
+
+RESNET = "torchvision.models:resnet18"
+NAME = "torchvision.models.resnet18lcnn_curvature_and_gnorm_imagefolder"
+
+
+def training(photographs, output, *flags) -> list:
+    data = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 32, "--batch-size", 12]
+    return [*data, "--lr", 0.01, "--num-epochs", 1, "--output-dir", output, *flags]
+
+
+@pytest.fixture(scope="module")
+def trained(photographs, tmp_path_factory):
+    """The folder of a run of torchvision's resnet18 with --lcnn and the paper's loss."""
+    folder = tmp_path_factory.mktemp("any")
+    flags = ["--model-arch", RESNET, "--lcnn", "--regularizer", "curvature_and_gnorm", "--calibrate-batchnorm"]
+    assert train_models.main([str(f) for f in training(photographs, folder, *flags, "--overwrite")]) == 0
+    return folder
+
+
+def test_train_estimate_and_evaluate(trained, photographs, tmp_path, capsys):
+    with open(trained / f"{NAME}_metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {"beta_term", "gamma_term", "gradnorm"} <= row.keys()
+    assert float(row["beta_term"]) == pytest.approx(17 * 5, rel=0.05)  # 17 activations, each with its own beta near 5
+    path = trained / f"{NAME}.pt"
+    table = tmp_path / "curvature.csv"
+    flags = ["--model-arch", RESNET, "--model-filename", path, "--split", "test", "--num-samples", 4]
+    result = run_main(estimate_curvature, [*flags, "--num-power-iter", 10, "--output", table], capsys)
+    assert result.returncode == 0, result.stderr
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert all(float(row["curvature"]) > 0 for row in rows)
+    small = ["--norms", "l2", "--eps-l2", 0.1, "--pgd-steps", 2, "--restarts", 1, "--deltas", 0.1, "--draws", 1]
+    output = tmp_path / "robustness.csv"
+    result = run_main(evaluate_robustness, [*flags, *small, "--output", output], capsys)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(output.with_suffix(".json").read_text())["models"][0]["examples"] == 4
+
+
+def test_a_checkpoint_does_not_run_the_code_it_names(trained, photographs, capsys):
+    path = trained / f"{NAME}.pt"
+    result = run_main(estimate_curvature, ["--model-filename", path], capsys)
+    assert_one_line_error(result, 2, "if you trust that", f"--model-arch {RESNET}")
+    with pytest.raises(UsageError, match="if you trust that"):
+        load_model(path)
+    result = run_main(
+        estimate_curvature, ["--model-filename", path, "--model-arch", "torchvision.models:vgg11"], capsys
+    )
+    assert_one_line_error(result, 2, f"holds a {RESNET}")
+    with_size = ["--model-filename", path, "--model-arch", RESNET, "--image-size", 64]
+    assert_one_line_error(run_main(estimate_curvature, with_size, capsys), 2, "images of 32 pixels")
+    model = load_model(path, RESNET)
+    assert sum(isinstance(module, CenteredSoftplus) for module in model.modules()) == 17
+    assert not model.training
+
+
+def test_resuming_a_finished_run_says_so(trained, photographs, capsys):
+    before = (trained / f"{NAME}.pt").read_bytes()
+    flags = ["--model-arch", RESNET, "--lcnn", "--regularizer", "curvature_and_gnorm", "--calibrate-batchnorm"]
+    result = run_main(train_models, training(photographs, trained, *flags, "--resume"), capsys)
+    assert result.returncode == 0, result.stderr
+    assert "is finished" in result.stdout
+    assert (trained / f"{NAME}.pt").read_bytes() == before
+
+
+def test_weights_of_a_state_dict_go_into_the_low_curvature_version(trained, photographs, tmp_path, capsys):
+    state = torch.load(trained / f"{NAME}.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "weights.pt")
+    flags = ["--model-filename", tmp_path / "weights.pt", "--model-arch", RESNET, "--image-size", 32]
+    flags += ["--split", "test", "--num-samples", 2, "--num-power-iter", 2]
+    data = ["--dataset", "imagefolder", "--data-dir", photographs]
+    assert_one_line_error(run_main(estimate_curvature, [*flags, "--lcnn"], capsys), 2, "needs a --dataset")
+    result = run_main(estimate_curvature, [*flags, *data], capsys)
+    assert_one_line_error(result, 1, "do not fit")  # those of another network
+    result = run_main(estimate_curvature, [*flags, *data, "--lcnn"], capsys)
+    assert result.returncode == 0, result.stderr
+    assert "made low-curvature" in result.stdout
+    assert "ReLU -> CenteredSoftplus" in result.stdout
+
+
+def test_mobilenet_needs_lcnn_for_the_gradient_penalty(photographs, tmp_path, capsys):
+    """torch has no second derivative for its Hardsigmoid."""
+    arch = ["--model-arch", "torchvision.models:mobilenet_v3_small", "--regularizer", "gnorm"]
+    result = run_main(train_models, training(photographs, tmp_path, *arch), capsys)
+    assert_one_line_error(result, 1, "cannot be trained with GradNormRegularizedLoss", "--lcnn")
+    result = run_main(train_models, training(photographs, tmp_path, *arch, "--lcnn"), capsys)
+    assert result.returncode == 0, result.stderr
+    assert "Hardsigmoid -> Sigmoid" in result.stdout
+    assert (tmp_path / "torchvision.models.mobilenet_v3_smalllcnn_gnorm_imagefolder.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--model-arch", "resnet18", "--lcnn"], 2, ["--lcnn is for", "resnet18lcnn"]),
+        (["--model-arch", "no_such_net"], 2, ["neither package.module:callable nor one of resnet18"]),
+        (["--model-arch", "no_such.module:net"], 2, ["cannot import"]),
+        (["--model-arch", RESNET, "--regularizer", "curvature"], 2, ["trainable beta or gamma"]),
+        (["--model-arch", RESNET, "--lcnn", "--regularizer", "curvature_bound"], 2, ["not a low-curvature network of"]),
+        (["--model-arch", "resnet18", "--beta-weight-decay", "0.1"], 2, ["--beta-weight-decay needs"]),
+        (["--model-arch", "torch.nn:Identity"], 1, ["gives torch.float32 (2, 3, 32, 32)"]),
+    ],
+)
+def test_what_does_not_go_together_ends_in_one_line(flags, code, words, photographs, tmp_path, capsys):
+    assert_one_line_error(run_main(train_models, training(photographs, tmp_path, *flags), capsys), code, *words)
+    assert not list(tmp_path.glob("*.pt"))
