@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--autoattack",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="try AutoAttack on what PGD leaves; far slower (default: off)",
+        help="try AutoAttack on what PGD leaves; far slower, and its random starts depend on the batch (default: off)",
     )
 
     stability = parser.add_argument_group("gradient stability")
@@ -88,16 +88,21 @@ def check_flags(flags: argparse.Namespace) -> None:
         import_auto_attack()
 
 
+def distinct(distances: Sequence[float]) -> tuple[float, ...]:
+    """In increasing order, one of each that have the same name in the results."""
+    return tuple(sorted({f"{distance:g}": distance for distance in distances}.values()))
+
+
 def settings_from(flags: argparse.Namespace) -> RobustnessSettings:
     """What the flags say is to be tried."""
     radii = {"l2": flags.eps_l2, "linf": flags.eps_linf}
     return RobustnessSettings(
-        radii={norm: tuple(sorted(set(radii[norm]))) for norm in NORMS if norm in flags.norms},
+        radii={norm: distinct(radii[norm]) for norm in NORMS if norm in flags.norms},
         pgd_steps=flags.pgd_steps,
         pgd_step_size=flags.pgd_step_size,
         restarts=flags.restarts,
         autoattack=flags.autoattack,
-        deltas=tuple(sorted(set(flags.deltas))),
+        deltas=distinct(flags.deltas),
         draws=flags.draws,
         seed=flags.prng_seed,
     )
@@ -112,9 +117,10 @@ def evaluate(flags: argparse.Namespace) -> list[Robustness]:
     first = distributed.rank() == 0
     torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     subjects = load_subjects(flags)
-    for path in (flags.output, flags.plot):
-        if path:
-            make_room(path)
+    files = [flags.output, flags.output.with_suffix(".json")] if flags.output else []
+    files += [flags.plot] if flags.plot else []
+    for path in files:
+        make_room(path)
     tables = []
     for subject in subjects:
         print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
@@ -132,9 +138,8 @@ def evaluate(flags: argparse.Namespace) -> list[Robustness]:
     if flags.plot and first:
         names = [f"{name}, {table.split}" for name, table in zip(model_names(tables), tables, strict=True)]
         plot_robustness(flags.plot, names, [table.summary(settings) for table in tables])
-    for path in (flags.output, flags.output and flags.output.with_suffix(".json"), flags.plot):
-        if path:
-            print(f"saved {path}")
+    for path in files:
+        print(f"saved {path}")
     return tables
 
 

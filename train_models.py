@@ -144,24 +144,29 @@ def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
         raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
 
 
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
+    cli.check_architecture_flags(flags)
+    if not is_outside(flags.model_arch):
+        build_loss(flags, model_architecture[flags.model_arch](2, input_size=16))
+
+
 def train(flags: argparse.Namespace) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
     """
+    check_flags(flags)
     outside = is_outside(flags.model_arch)
-    cli.check_architecture_flags(flags)
     flags.image_size = flags.image_size or datasets[flags.dataset].image_size
-    if not outside:  # a loss that does not go with the network, before anything is loaded
-        build_loss(flags, model_architecture[flags.model_arch](2, input_size=16))
     recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
     files = RunFiles.named(flags)
     saved = None
     if flags.resume and (path := files.saved()):
         saved = read_checkpoint(path)
-        check_same_flags(path, saved, recorded_flags)
+        check_same_flags(path, saved, recorded_flags, vars(build_parser().parse_args([])))
     elif not flags.overwrite:
         files.refuse_to_overwrite()
 
@@ -225,12 +230,14 @@ def train(flags: argparse.Namespace) -> Path:
         start = time.perf_counter()
         try:
             terms = train_epoch(model, loss, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
-        except (RuntimeError, NotImplementedError) as error:
-            if not outside or isinstance(error, torch.OutOfMemoryError):
+        except Exception as error:  # the user's own code may raise anything
+            if not outside or isinstance(error, (UserError, torch.OutOfMemoryError)):
                 raise
+            remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
+            if "deterministic" in str(error):
+                remedy = "--no-strong-determinism-wanted may help"
             raise UserError(
-                f"{flags.model_arch}: cannot be trained with {type(loss).__name__} ({one_line(error)}); "
-                "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
+                f"{flags.model_arch}: cannot be trained with {type(loss).__name__} ({one_line(error)}); {remedy}"
             ) from error
         seconds = time.perf_counter() - start
         test_loss, test_accuracy = evaluate(model, data.test)

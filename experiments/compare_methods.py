@@ -4,7 +4,7 @@
     python -m experiments.compare_methods --dataset cifar100 --download --num-epochs 200 --num-seeds 3
 
 Every run has a folder, <output-dir>/<method>/seed<k>/; beside them lie table.md, robustness.md, their CSVs and the
-pictures. The same command goes on after an interruption, and repeats nothing.
+pictures. The same command goes on after an interruption, and repeats no finished run.
 """
 
 import argparse
@@ -189,6 +189,7 @@ def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> No
         return
     training = training_flags(flags, method, "--prng-seed", str(seed), "--output-dir", str(run.folder), "--resume")
     where = ["--model-filename", str(train_models.train(training)), "--data-dir", training.data_dir]
+    torch.use_deterministic_algorithms(False)  # as the other scripts have it, where training has set it
     if not run.curvature.exists():
         # written after each split: it gets its name when it is whole
         unfinished = run.curvature.with_name("curvature.unfinished.csv")
@@ -213,6 +214,8 @@ def compare(flags: argparse.Namespace) -> None:
             raise UsageError(f"{flag} is up to the comparison; choose among its rows with --methods")
     if flags.autoattack:
         import_auto_attack()  # is it there? before hours of training
+    for method in flags.methods or METHODS:
+        train_models.check_flags(training_flags(flags, method))  # before the settings are written down
     settings = comparison_settings(flags)
     recorded = flags.output_dir / "settings.json"
     if recorded.exists():

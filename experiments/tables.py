@@ -75,6 +75,7 @@ Runs = dict[str, list[Run]]  # method -> its runs, one for each seed
 
 def mean_and_sd(name: str, values: Sequence[float]) -> dict[str, float | str]:
     """Two cells of a table: the mean, and the standard deviation over seeds (n - 1); empty where there is none."""
+    values = [value for value in values if math.isfinite(value)]  # NaN: a seed with nothing to average
     return {
         name: statistics.fmean(values) if values else "",
         f"{name}_sd": statistics.stdev(values) if len(values) > 1 else "",

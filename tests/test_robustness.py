@@ -112,8 +112,8 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
             asked.append(len(rows))
             return strongest(network, images[rows], labels[rows], PGD("l2", eps, 1))[0]
 
-        found = withstood(network, images, labels, [0.3, 0.02, 0.1], one_step)
         clean = network(images).argmax(dim=1) == labels
+        found = withstood(network, labels, clean, [0.3, 0.02, 0.1], one_step)
     assert list(found) == [0.02, 0.1, 0.3]
     masks = [clean, *found.values()]
     for smaller, larger in pairwise(masks):
@@ -125,7 +125,7 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
         return images[rows]
 
     with torch.no_grad():
-        after = withstood(model, images, labels, list(found), harmless, standing=found)
+        after = withstood(model, labels, clean, list(found), harmless, standing=found)
     assert all(torch.equal(after[eps], found[eps]) for eps in found)
 
 

@@ -80,6 +80,7 @@ class PGD:
 
         The cut to [0, 1] comes last: it moves x towards the image in every pixel, so x stays in the ball.
         """
+        gradient = gradient.nan_to_num(0, 0, 0)  # a pixel without a gradient stays where it is
         linf = self.norm == "linf"
         direction = gradient.sign() if linf else normalize(gradient.flatten(1)).view_as(gradient)
         step_size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
@@ -145,7 +146,7 @@ def strongest(
         loss; and the (N,) mask of those misclassified.
     """
     worst = images.clone()
-    logits = network(images)
+    logits = network(images.clone())  # a clone, as the model may work in place
     fooled, largest = logits.argmax(dim=1) != labels, cross_entropy(logits, labels)
     at_work = (~fooled).nonzero()[:, 0]
     for _ in range(restarts):
@@ -191,7 +192,9 @@ def auto_attack(
 ) -> Tensor:
     """What AutoAttack's standard version finds: APGD on the cross-entropy and targeted, FAB targeted, Square.
 
-    With fewer than ten classes it has fewer targets; its targeted APGD needs four classes, and is left out below.
+    With fewer than ten classes it has fewer targets; its targeted APGD needs four classes, and is left out below. It
+    draws its random numbers for the batch as a whole: what it finds for an image depends a little on the others. It
+    works in float32, whatever the network does.
 
     Args:
         network: frozen and in eval mode.
@@ -208,13 +211,20 @@ def auto_attack(
     """
     make = import_auto_attack()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds torch's generators
-        attack = make(network, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, seed=seed, device=images.device)
-        num_classes = network(images[:1]).shape[1]
+        attack = make(
+            lambda x: network(x.to(images.dtype, copy=True)).float(),  # a copy, as the model may work in place
+            norm={"l2": "L2", "linf": "Linf"}[norm],
+            eps=eps,
+            seed=seed,
+            device=images.device,
+        )
+        num_classes = attack.model(images[:1]).shape[1]
         targets = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         if num_classes < 4:
             attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
-        found = attack.run_standard_evaluation(images, labels)
+        found = attack.run_standard_evaluation(images.float(), labels)
     found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds what they are taken for
+    found = found.to(images.dtype)
     # its arithmetic may leave the ball by a rounding
     return (images + project(found - images, norm, eps)).clamp(0, 1)

@@ -88,8 +88,8 @@ def input_gradient_of(quantity: str, network: nn.Module | FoldedNetwork, labels:
 @torch.no_grad()
 def withstood(
     network: nn.Module | FoldedNetwork,
-    images: Tensor,
     labels: Tensor,
+    correct: Tensor,
     radii: Sequence[float],
     attack: Callable[[Tensor, float], Tensor],
     standing: dict[float, Tensor] | None = None,
@@ -101,8 +101,8 @@ def withstood(
 
     Args:
         network: frozen and in eval mode.
-        images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
+        correct: (N,) mask of the examples classified correctly as they are.
         radii: of the attacks.
         attack: (k,) positions of the examples still standing, and a radius -> (k, ...) images in the balls around them.
         standing: who withstood another attack at these radii; the others are not tried again.
@@ -110,7 +110,7 @@ def withstood(
     Returns:
         radius -> (N,) mask, smallest radius first.
     """
-    left = network(images).argmax(dim=1) == labels
+    left = correct
     found = {}
     for radius in sorted(radii):
         left = left & standing[radius] if standing else left.clone()
@@ -141,7 +141,8 @@ def examine(
         those that withstand. AutoAttack is tried on what PGD left standing, and its columns tell of both.
     """
     with torch.no_grad():
-        logits = network(images)
+        logits = network(images.clone())  # a clone, as the model may work in place
+    correct = logits.argmax(dim=1) == labels
     columns = {"predicted": logits.argmax(dim=1), "loss": cross_entropy(logits, labels)}
     for quantity in STABILITY if settings.deltas else ():
         gradient = input_gradient_of(quantity, network, labels)
@@ -158,10 +159,10 @@ def examine(
         return auto_attack(network, images[rows], labels[rows], norm, eps, settings.seed)
 
     for norm, radii in settings.radii.items():
-        standing = withstood(network, images, labels, radii, partial(pgd, norm))
+        standing = withstood(network, labels, correct, radii, partial(pgd, norm))
         columns |= {f"pgd_{norm}_{eps:g}": mask for eps, mask in standing.items()}
         if settings.autoattack:
-            standing = withstood(network, images, labels, radii, partial(auto, norm), standing)
+            standing = withstood(network, labels, correct, radii, partial(auto, norm), standing)
             columns |= {f"autoattack_{norm}_{eps:g}": mask for eps, mask in standing.items()}
     return {name: column.cpu() for name, column in columns.items()}
 

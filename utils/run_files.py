@@ -54,13 +54,16 @@ class RunFiles:
             )
 
 
-def check_same_flags(path: Path, checkpoint: dict, flags: dict) -> None:
-    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved."""
+def check_same_flags(path: Path, checkpoint: dict, flags: dict, defaults: dict) -> None:
+    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved.
+
+    A flag that did not exist when the run was started had, in effect, its value in ``defaults``.
+    """
     theirs = checkpoint.get("flags")
     if theirs is None:
         raise UsageError(f"{path} was not written by train_models.py and cannot be resumed")
     for name in sorted(theirs.keys() | flags.keys()):
-        if name != "data_dir" and theirs.get(name) != flags.get(name):
+        if name != "data_dir" and theirs.get(name, defaults.get(name)) != flags.get(name):
             flag = "--" + name.replace("_", "-")
             raise UsageError(
                 f"--resume: {path} was started with {flag} {theirs.get(name)}, not {flags.get(name)}; "
