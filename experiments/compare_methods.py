@@ -53,8 +53,11 @@ QUICK = {
     "comparison": "--num-samples 64 --split test --pgd-steps 10 --restarts 1",
     # so few steps need BatchNorm statistics that follow them, see README, "Short low-curvature runs"
     "training": "--dataset digits --num-epochs 5 --batch-size 32 --lr 0.05 --bn-momentum 0.5 --calibrate-batchnorm",
-    # training flags of single methods: a low-curvature network bears ten times the weight of GradReg's 1e-3, at which a
-    # standard one does not begin to learn; CURE's factor is a hundredth of G's
+    # flags of evaluate_robustness.py: on these images larger distances tell more
+    "robustness": "--eps-l2 0.2 0.5 1 --eps-linf 4/255 16/255 --deltas 0.1 0.5 --draws 2",
+    # training flags of single methods: a low-curvature network bears a weight of the gradient norm at which a standard
+    # one has not learnt much after so few epochs; CURE's factor is a hundredth of G's
+    "gradreg": "--reg-gnorm 3e-4",
     "lcnn_gradreg": "--reg-gnorm 1e-2",
     "cure": "--reg-gnorm 1e-2",
 }
@@ -138,7 +141,8 @@ def curvature_flags(flags: argparse.Namespace, *more: str) -> argparse.Namespace
 
 def robustness_flags(flags: argparse.Namespace, *more: str) -> argparse.Namespace:
     """The flags of evaluate_robustness.py."""
-    arguments = ["--pgd-steps", str(flags.pgd_steps), "--restarts", str(flags.restarts), *measuring_arguments(flags)]
+    arguments = QUICK["robustness"].split() if flags.quick else []
+    arguments += ["--pgd-steps", str(flags.pgd_steps), "--restarts", str(flags.restarts), *measuring_arguments(flags)]
     arguments += ["--autoattack"] if flags.autoattack else []
     return evaluate_robustness.build_parser().parse_args([*arguments, *more])
 
