@@ -105,6 +105,13 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
     other = run_main(train_models, [*command, "--resume", "--momentum", 0.5], capsys)
     assert_one_line_error(other, 2, "--momentum 0.9, not 0.5")
 
+    # a flag that did not exist when the run was started had its default
+    unfinished = torch.load(broken / f"{name}.unfinished.pt", weights_only=True)
+    del unfinished["flags"]["adv_eps"]
+    torch.save(unfinished, broken / f"{name}.unfinished.pt")
+    other = run_main(train_models, [*command, "--resume", "--adv-eps", 0.2], capsys)
+    assert_one_line_error(other, 2, "--adv-eps")
+
     resumed = run_script("train_models.py", *command, "--resume")
     assert "resuming" in resumed.stdout
     assert "epoch 1/5" not in resumed.stdout

@@ -129,6 +129,35 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
     assert all(torch.equal(after[eps], found[eps]) for eps in found)
 
 
+def test_a_model_that_works_in_place_gives_what_it_gives_out_of_place():
+    """The first layer may overwrite its input, as a normalization does: the images stay what they are."""
+
+    class Normalized(nn.Module):
+        def __init__(self, in_place: bool):
+            super().__init__()
+            self.in_place, self.net = (
+                in_place,
+                nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 4)),
+            )
+
+        def forward(self, x):
+            return self.net(x.sub_(0.4).div_(0.2) if self.in_place else (x - 0.4) / 0.2)
+
+    images, labels = images_of(12), torch.arange(12) % 4
+    settings = RobustnessSettings({"l2": (0.2,), "linf": (0.1,)}, 3, None, 2, deltas=(0.1,), draws=2)
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model, batch = Normalized(in_place).double(), images.clone()
+        with measurable(model) as network:
+            found.append(
+                examine(network, batch, labels, settings, [torch.Generator().manual_seed(i) for i in range(12)])
+            )
+        assert torch.equal(batch, images)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert found[0]["pgd_l2_0.2"].any()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
@@ -234,7 +263,7 @@ def test_autoattack_by_flag(photographs, tmp_path, monkeypatch, capsys):
         "import torch\n"
         "from torch import nn\n"
         "def linear(num_classes):\n"
-        "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, num_classes))\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, num_classes)).double()\n"
     )
     monkeypatch.chdir(tmp_path)
     flags = [
