@@ -110,7 +110,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
     del unfinished["flags"]["adv_eps"]
     torch.save(unfinished, broken / f"{name}.unfinished.pt")
     other = run_main(train_models, [*command, "--resume", "--adv-eps", 0.2], capsys)
-    assert_one_line_error(other, 2, "--adv-eps")
+    assert_one_line_error(other, 2, "--adv-eps 0.1, not 0.2")
 
     resumed = run_script("train_models.py", *command, "--resume")
     assert "resuming" in resumed.stdout

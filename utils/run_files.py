@@ -63,10 +63,11 @@ def check_same_flags(path: Path, checkpoint: dict, flags: dict, defaults: dict) 
     if theirs is None:
         raise UsageError(f"{path} was not written by train_models.py and cannot be resumed")
     for name in sorted(theirs.keys() | flags.keys()):
-        if name != "data_dir" and theirs.get(name, defaults.get(name)) != flags.get(name):
+        its_value = theirs.get(name, defaults.get(name))
+        if name != "data_dir" and its_value != flags.get(name):
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"--resume: {path} was started with {flag} {theirs.get(name)}, not {flags.get(name)}; "
+                f"--resume: {path} was started with {flag} {its_value}, not {flags.get(name)}; "
                 "give the same flags, or another --output-dir"
             )
 
