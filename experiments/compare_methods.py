@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--bn-momentum, --calibrate-batchnorm, ...; see its --help.",
     )
     what = parser.add_argument_group("what to compare")
-    what.add_argument("--quick", action="store_true", help="all methods on the digits, in about 25 minutes on two cores")
+    what.add_argument("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
     what.add_argument(
         "--methods",
         nargs="+",
