@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.functional import CenteredSoftplusFunction, ScaledBatchNorm
+from models.layers import BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 
 
 def dense_matrix(function, shape: tuple[int, ...]) -> torch.Tensor:
@@ -182,3 +183,47 @@ def test_batchnorm_in_training_clips_by_the_statistics_before_the_batch():
     assert norm.running_var[0].item() == pytest.approx(0.9 * 0.04 + 0.1 * x[:, 0].var().item())
     with pytest.raises(ValueError, match="positive"):
         LipschitzBatchNorm2d(2, init_gamma=-1)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+def test_batchnorm_in_training_is_torchs_in_every_derivative(momentum, clip):
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64) * 3 + 1
+    if clip == 1:
+        norm = BatchNorm2d(3).double()
+    else:
+        norm = LipschitzBatchNorm2d(3, init_gamma=clip).double()
+    plain = torch.nn.BatchNorm2d(3, affine=False).double()
+    norm.momentum = plain.momentum = momentum
+    results = []
+    for layer in (norm, plain):
+        for repeat in range(2):
+            at = (x + repeat).requires_grad_()
+            factor = 1.0 if layer is norm or clip == 1 else clip * (plain.running_var.min() + plain.eps).sqrt()
+            y = layer(at) * factor
+            (gradient,) = torch.autograd.grad((y**3).sum(), at, create_graph=True)
+            (second,) = torch.autograd.grad((gradient**2).sum(), at)
+            results.append((y, gradient, second))
+        results.append((layer.running_mean, layer.running_var, layer.num_batches_tracked))
+    for ours, theirs in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_second_derivatives_written_out_are_right_in_every_argument():
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    for function in (
+        lambda x, scale: ScaledBatchNorm.apply(x, scale, None, None, 0.1, 1e-5),
+        CenteredSoftplusFunction.apply,
+    ):
+        for value in (0.7, 4.0):
+            parameter = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+            assert gradcheck(function, (x, parameter))
+            assert gradgradcheck(function, (x, parameter))
+
+
+def test_batchnorm_refuses_one_value_per_channel():
+    for norm in (BatchNorm2d(2), LipschitzBatchNorm2d(2), LipschitzBatchNorm2d(2, affine=True)):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            norm(torch.zeros(1, 2, 1, 1))

@@ -27,7 +27,7 @@ def build_optimizer(
     groups = [{"params": decayed, "weight_decay": weight_decay}]
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
     @torch.no_grad()
     def decay_betas(*_) -> None:

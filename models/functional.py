@@ -1,0 +1,128 @@
+"""Training's BatchNorm and centered softplus with both their derivatives written out.
+
+A gradient-norm penalty differentiates every layer twice. Left to autograd, the second derivative of BatchNorm alone is
+some thirty passes over the activations, and each elementwise factor adds its own; here each layer takes a few.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+CHANNELWISE = (-1, 1, 1)
+
+
+class ScaledBatchNorm(Function):
+    """y = scale * xhat, xhat = (x - mean) / sqrt(var + eps) with the batch's own mean and variance per channel.
+
+    x and y are (N, C, H, W), scale is a scalar tensor; the running statistics are updated as BatchNorm does. Can be
+    differentiated twice, as can CenteredSoftplusFunction.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, running_mean, running_var, momentum, eps):
+        weight = scale.repeat(x.shape[1])
+        y, mean, inv_std = torch.native_batch_norm(x, weight, None, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, scale, mean, inv_std)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, scale, mean, inv_std = ctx.saved_tensors
+        dx, dscale = ScaledBatchNormBackward.apply(g, x, scale, mean, inv_std, ctx.eps)
+        return dx, dscale, None, None, None, None
+
+
+class ScaledBatchNormBackward(Function):
+    """(g, x, scale) -> dx = scale / std * P g and dscale = <g, xhat>.
+
+    P, symmetric, takes a channel's mean and its component along xhat away: P g = g - mean(g) - xhat mean(g xhat).
+    """
+
+    @staticmethod
+    def projected(g, x, scale, mean, inv_std, eps):
+        """scale / std * P g, and (C,) sums of g * xhat."""
+        arguments = (scale.repeat(x.shape[1]), None, None, mean, inv_std, True, eps, [True, True, False])
+        return torch.ops.aten.native_batch_norm_backward(g, x, *arguments)[:2]
+
+    @staticmethod
+    def forward(ctx, g, x, scale, mean, inv_std, eps):
+        ctx.set_materialize_grads(False)
+        dx, g_xhat = ScaledBatchNormBackward.projected(g, x, scale, mean, inv_std, eps)
+        ctx.save_for_backward(x, scale, mean, inv_std, dx, g_xhat)
+        ctx.eps = eps
+        return dx, g_xhat.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v, u):
+        """Of <v, dx> + u dscale. With M pixels per channel and S = sum(v dx), and dx as a function of x through the
+        mean, the standard deviation and xhat, d<v, dx>/dx comes to
+        -1/std * (S/M xhat + mean(g xhat) * scale/std P v + mean(v xhat) * dx)."""
+        x, scale, mean, inv_std, dx, g_xhat = ctx.saved_tensors
+        grad_g = grad_x = grad_scale = None
+        if v is not None:
+            pixels = x.numel() // x.shape[1]
+            grad_g, v_xhat = ScaledBatchNormBackward.projected(v, x, scale, mean, inv_std, ctx.eps)
+            v_dx = (v * dx).sum(dim=(0, 2, 3), dtype=mean.dtype)
+            along_x, along_dx, along_grad_g = (
+                (-inv_std / pixels * factor).view(CHANNELWISE) for factor in (inv_std * v_dx, v_xhat, g_xhat)
+            )
+            grad_x = torch.addcmul(-along_x * mean.view(CHANNELWISE), x, along_x)
+            grad_x = grad_x.addcmul_(dx, along_dx).addcmul_(grad_g, along_grad_g).to(x.dtype)
+            grad_scale = v_dx.sum() / scale
+        if u is not None:
+            xhat = ((x - mean.view(CHANNELWISE)) * inv_std.view(CHANNELWISE)).to(x.dtype)
+            grad_g = u * xhat if grad_g is None else grad_g + u * xhat
+            grad_x = u / scale * dx if grad_x is None else grad_x + u / scale * dx
+        return grad_g, grad_x, grad_scale, None, None, None
+
+
+class CenteredSoftplusFunction(Function):
+    """y = (softplus(b x) - log 2) / b elementwise, b a scalar tensor; softplus is the identity above 20."""
+
+    @staticmethod
+    def forward(ctx, x, b):
+        by = F.softplus(b * x).sub_(math.log(2))
+        ctx.save_for_backward(x, b, by)  # not y itself: some networks go on to change it in place
+        return by / b
+
+    @staticmethod
+    def backward(ctx, g):
+        return CenteredSoftplusBackward.apply(g, *ctx.saved_tensors)
+
+
+class CenteredSoftplusBackward(Function):
+    """(g, x, b) -> dx = g s and db = <g, x s - y> / b, with s = sigmoid(b x); b y is given, too."""
+
+    @staticmethod
+    def forward(ctx, g, x, b, by):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, b, by)
+        dx = torch.ops.aten.softplus_backward(g, b * x, 1, 20)
+        return dx, ((dx * x).sum() - (g * by).sum() / b) / b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v, u):
+        """Of <v, dx> + u db."""
+        g, x, b, by = ctx.saved_tensors
+        s = torch.sigmoid(bx := b * x)
+        if s.dtype == torch.float64:  # elsewhere it is 1 from 20 on by itself
+            s.masked_fill_(bx > 20, 1)
+        grad_g = grad_x = grad_b = None
+        if v is not None:
+            grad_g = v * s
+            grad_x = torch.ops.aten.sigmoid_backward(g * v, s).mul_(b)  # g v s (1 - s) b
+            grad_b = (grad_x * x).sum() / b
+        if u is not None:
+            dy_db, curved = (x * s - by / b) / b, x * s * (1 - s)
+            grad_g = u * dy_db if grad_g is None else grad_g + u * dy_db
+            grad_x = u * g * curved if grad_x is None else grad_x + u * g * curved
+            term = u * (g * (x * curved - 2 * dy_db)).sum() / b
+            grad_b = term if grad_b is None else grad_b + term
+        return grad_g, grad_x, grad_b, None
