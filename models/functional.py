@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 

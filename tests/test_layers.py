@@ -190,10 +190,7 @@ def test_batchnorm_in_training_clips_by_the_statistics_before_the_batch():
 def test_batchnorm_in_training_is_torchs_in_every_derivative(momentum, clip):
     torch.manual_seed(0)
     x = torch.randn(5, 3, 2, 2, dtype=torch.float64) * 3 + 1
-    if clip == 1:
-        norm = BatchNorm2d(3).double()
-    else:
-        norm = LipschitzBatchNorm2d(3, init_gamma=clip).double()
+    norm = (BatchNorm2d(3) if clip == 1 else LipschitzBatchNorm2d(3, init_gamma=clip)).double()
     plain = torch.nn.BatchNorm2d(3, affine=False).double()
     norm.momentum = plain.momentum = momentum
     results = []
