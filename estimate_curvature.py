@@ -12,8 +12,6 @@ From Python:
 """
 
 import argparse
-import contextlib
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,9 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
 
     def command(flags: argparse.Namespace) -> None:
-        with distributed.process_group(), contextlib.ExitStack() as stack:
-            if distributed.rank() > 0:  # the first process speaks for all
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        with distributed.process_group():
             estimate(flags)
 
     return cli.run(build_parser(), command, argv)

@@ -6,8 +6,6 @@ Several files are examined on the same examples. --autoattack needs AutoAttack (
 """
 
 import argparse
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
 
     def command(flags: argparse.Namespace) -> None:
-        with distributed.process_group(), contextlib.ExitStack() as stack:
-            if distributed.rank() > 0:  # the first process speaks for all
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        with distributed.process_group():
             evaluate(flags)
 
     return cli.run(build_parser(), command, argv)

@@ -6,10 +6,12 @@ Writes <output-dir>/<arch>[_<regularizer>]_<dataset>.pt, and beside it ..._metri
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,17 +21,20 @@ from data.datasets import datasets, load_dataset
 from models.layers import CenteredSoftplus
 from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
-from utils import cli
+from utils import cli, distributed
 from utils.attacks import NORMS, PGD, adversarial_batches
 from utils.checkpoint import load_state, read_checkpoint, save_checkpoint
+from utils.cuda_graph import CapturedGradients
 from utils.errors import UsageError, UserError, one_line
 from utils.files import write_csv
 from utils.outside_model import build_outside_model, is_outside
 from utils.plots import plot_training
+from utils.precision import PRECISIONS, set_precision
 from utils.progress import progress
 from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags
 from utils.self_check import forward
 from utils.training import (
+    Gradients,
     build_optimizer,
     calibrate_batchnorm,
     count_parameters,
@@ -110,8 +115,17 @@ def build_parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="continue the run of this name, if there is one")
     existing.add_argument("--overwrite", action="store_true", help="replace the run of this name, if there is one")
 
-    cli.add_shared_flags(parser)
-    parser.add_argument(
+    machine = cli.add_shared_flags(parser)
+    machine.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of convolutions and matrix products in training"
+    )
+    machine.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on one GPU, launch a step's kernels as one graph (default: off)",
+    )
+    machine.add_argument(
         "--strong-determinism-wanted",
         "--strong_determinism_wanted",
         action=argparse.BooleanOptionalAction,
@@ -147,50 +161,68 @@ def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
     cli.check_architecture_flags(flags)
+    if flags.cuda_graph and (flags.device.type != "cuda" or distributed.world_size() > 1):
+        raise UsageError("--cuda-graph is for one process on a CUDA device; leave it out")
     if not is_outside(flags.model_arch):
         build_loss(flags, model_architecture[flags.model_arch](2, input_size=16))
+
+
+def saved_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from with its path, if --resume finds one; UsageError if a run is in the way."""
+    if flags.resume and (path := files.saved()):
+        checkpoint = read_checkpoint(path)
+        check_same_flags(path, checkpoint, recorded_flags, vars(build_parser().parse_args([])))
+        return path, checkpoint
+    if not flags.overwrite:
+        files.refuse_to_overwrite()
+    return None
 
 
 def train(flags: argparse.Namespace) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
+    Of several processes all do the work, and the first reads and writes the run's files.
+
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
     """
+    torch.set_flush_denormal(True)  # a smooth ReLU puts out many, and CPUs are slow with them
     check_flags(flags)
+    first = distributed.rank() == 0
     outside = is_outside(flags.model_arch)
     flags.image_size = flags.image_size or datasets[flags.dataset].image_size
     recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
     files = RunFiles.named(flags)
-    saved = None
-    if flags.resume and (path := files.saved()):
-        saved = read_checkpoint(path)
-        check_same_flags(path, saved, recorded_flags, vars(build_parser().parse_args([])))
-    elif not flags.overwrite:
-        files.refuse_to_overwrite()
+    path, saved = distributed.from_first(lambda: saved_run(flags, files, recorded_flags)) or (None, None)
 
     cli.seed_everything(flags.prng_seed, flags.strong_determinism_wanted)
-    data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
+    with distributed.first_of_machine_first() if flags.download else contextlib.nullcontext():
+        data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
     num_classes = len(data.class_names)
     if saved:
         check_same_data(path, saved, data)
         if path == files.checkpoint:
             print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
             model = load_state(build_network(flags, num_classes, quiet=True), saved["model"], path, flags.model_arch)
-            write_report(files, saved["metrics"], model)  # a kill may have come before it
+            if first:
+                write_report(files, saved["metrics"], model)  # a kill may have come before it
             return path
 
     model = build_network(flags, num_classes).to(flags.device)
-    if outside:
+    if not outside:  # others may count on the usual layout
+        model = model.to(memory_format=torch.channels_last)
+    else:
         forward(model, to_pixels(data.train.images[:2]), num_classes, flags.model_arch)  # its mistakes in one line
     set_batchnorm_momentum(model, flags.bn_momentum)
+    set_precision(model, flags.precision, flags.device)
     loss = build_loss(flags, model)
     optimizer = build_optimizer(model, flags.lr, flags.momentum, flags.weight_decay, flags.beta_weight_decay)
     print(
         f"{flags.model_arch} ({count_parameters(optimizer)}) with {type(loss).__name__} on {flags.dataset}: "
         f"{len(data.train)} training and {len(data.test)} test images of {flags.image_size} x {flags.image_size}, "
-        f"{num_classes} classes; {flags.device}, torch {torch.__version__}"
+        f"{num_classes} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
+        + (f"; {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
     )
 
     metrics = []
@@ -214,24 +246,36 @@ def train(flags: argparse.Namespace) -> Path:
         "flags": recorded_flags,
     }
     attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
-    if flags.overwrite:  # only now that nothing can be missing for the new run
+    gradients = Gradients(loss, model)
+    if flags.cuda_graph:
+        gradients = CapturedGradients(gradients, model)
+    if flags.overwrite and first:  # only now that nothing can be missing for the new run
         files.remove()
     num_steps = -(-len(data.train) // flags.batch_size)
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
-        # a loss that draws random numbers resumes as exactly as the rest
-        torch.manual_seed(epoch_seed(flags.prng_seed, epoch))
+        # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
+        torch.manual_seed(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
         lr = learning_rate(flags.lr, epoch, flags.num_epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batches = training_batches(data.train, flags.batch_size, flags.prng_seed, epoch, flags.augment, data.flip)
+        batches = training_batches(
+            data.train,
+            flags.batch_size,
+            flags.prng_seed,
+            epoch,
+            flags.augment,
+            data.flip,
+            distributed.rank(),
+            distributed.world_size(),
+        )
         if flags.adversarial_training:
             batches = adversarial_batches(model, batches, attack)
 
         start = time.perf_counter()
         try:
-            terms = train_epoch(model, loss, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
+            terms = train_epoch(model, gradients, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
         except Exception as error:  # the user's own code may raise anything
-            if not outside or isinstance(error, (UserError, torch.OutOfMemoryError)):
+            if not outside or isinstance(error, (UserError, torch.OutOfMemoryError)) or distributed.is_loss(error):
                 raise
             remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
             if "deterministic" in str(error):
@@ -249,6 +293,8 @@ def train(flags: argparse.Namespace) -> Path:
             )
         metrics.append(row | {"seconds": seconds, "images_per_second": len(data.train) / seconds})
         print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
+        if not first:
+            continue
         progress_made = checkpoint | {"epoch": epoch, "metrics": metrics, "model": model.state_dict()}
         if epoch < flags.num_epochs:
             save_checkpoint(files.unfinished, progress_made | {"optimizer": optimizer.state_dict()})
@@ -256,7 +302,8 @@ def train(flags: argparse.Namespace) -> Path:
             save_checkpoint(files.checkpoint, progress_made)
             files.unfinished.unlink(missing_ok=True)
         write_csv(files.metrics, metrics)
-    write_report(files, metrics, model)
+    if first:
+        write_report(files, metrics, model)
     print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
     return files.checkpoint
 
@@ -267,7 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(flags: argparse.Namespace) -> None:
         try:
-            train(flags)
+            with distributed.process_group(flags.device, timeout=timedelta(minutes=30)):
+                train(flags)
         except KeyboardInterrupt:
             again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
             print(f"\nto go on after the last finished epoch: python train_models.py {shlex.join(again)} --resume")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,18 @@ class Split:
             digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()
 
-    def __getitem__(self, indices: Tensor) -> "Split":
-        """The examples at an index tensor, as a split of their own."""
+    def __getitem__(self, indices: Tensor | slice) -> "Split":
+        """The examples at an index tensor or slice, as a split of their own."""
         return Split(self.images[indices], self.labels[indices])
+
+
+class Batch(NamedTuple):
+    """A process's part of a batch of training: pixels (n, 3, H, H) and labels (n,)."""
+
+    images: Tensor
+    labels: Tensor
+    size: int  # examples of the whole batch, over all processes
+    share: float  # this part of them; 0 for an example that only stands in where a process would have none
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,13 +76,21 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def training_batches(
-    split: Split, batch_size: int, seed: int, epoch: int, augment: bool = True, flip: bool = True
-) -> Iterator[tuple[Tensor, Tensor]]:
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: bool = True,
+    flip: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Yields (pixels (n, 3, H, H) float32, labels (n,)); the last batch may be smaller than batch_size, and if only one
+    Every process augments the whole batch and keeps every world_size-th example of it, so that what is trained on
+    does not depend on how many processes there are. The last batch may be smaller than batch_size, and if only one
     example is left for it the last but one takes it: BatchNorm cannot be trained on one 1 x 1 image. The crop's padding
-    is H / 8: the usual 4 at 32 x 32.
+    is H / 8: the usual 4 at 32 x 32. Pixels are float32.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)
@@ -84,7 +102,10 @@ def training_batches(
         images = batch.images
         if augment:
             images = random_crop_and_flip(images, images.shape[-1] // 8, flip, generator)
-        yield to_pixels(images), batch.labels
+        own = slice(rank, None, world_size) if rank < len(indices) else slice(1)
+        images, labels = images[own].contiguous(), batch.labels[own].contiguous()
+        share = len(labels) / len(indices) if rank < len(indices) else 0.0
+        yield Batch(to_pixels(images), labels, len(indices), share)
 
 
 def batches(split: Split, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor]]:

@@ -49,6 +49,7 @@ class CenteredSoftplus(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b = self.beta + self.BETA_OFFSET
+        x = x.to(b.dtype)  # under autocast convolutions put out half the bits; softplus(b x) - log 2 needs all of them
         if self.training:  # the same, and cheaper to differentiate twice
             return CenteredSoftplusFunction.apply(x, b)
         return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
@@ -115,7 +116,14 @@ class SpectralNormConv2d(nn.Conv2d):
             self.u.copy_(self._normalize(self._operator(self.v)))
 
     def spectral_norm(self) -> Tensor:
-        """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration."""
+        """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration.
+
+        In the weight's own precision, under autocast too.
+        """
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self._spectral_norm()
+
+    def _spectral_norm(self) -> Tensor:
         # u and v are cloned because autograd keeps them, and the next training forward overwrites the buffers
         if not self.training:
             return (self.u.clone() * self._operator(self.v.clone())).sum()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.batches import Batch
 from models.layers import LCNN
 from models.resnet import ResNet
 from utils.attacks import (
@@ -170,7 +171,7 @@ def test_adversarial_batches_follow_the_model_as_it_trains():
     model = linear(2)
     images, labels = batch(3, 2)
     attack = PGD("linf", 0.1, 5, 0.1)
-    for found, its_labels in adversarial_batches(model, [(images, labels)] * 2, attack):
+    for found, its_labels, *_ in adversarial_batches(model, [Batch(images, labels, 3, 1.0)] * 2, attack):
         w = model[1].weight.detach()
         slope = (w[labels] - w[1 - labels]).view_as(images)
         assert torch.allclose(found, images - 0.1 * slope.sign())

@@ -23,7 +23,7 @@ def test_every_example_once_per_epoch_in_an_order_only_seed_and_epoch_decide():
     split = split_of(10)
 
     def labels(seed, epoch):
-        return [batch.tolist() for _, batch in training_batches(split, 4, seed, epoch)]
+        return [batch.tolist() for _, batch, *_ in training_batches(split, 4, seed, epoch)]
 
     assert [len(batch) for batch in labels(0, 1)] == [4, 4, 2]
     assert sorted(label for batch in labels(0, 1) for label in batch) == list(range(10))
@@ -33,9 +33,9 @@ def test_every_example_once_per_epoch_in_an_order_only_seed_and_epoch_decide():
 
 def test_a_last_example_alone_joins_the_batch_before():
     """BatchNorm behind a 1 x 1 image cannot be trained on one example."""
-    assert [len(labels) for _, labels in training_batches(split_of(9), 4, 0, 1)] == [4, 5]
-    assert [len(labels) for _, labels in training_batches(split_of(1), 4, 0, 1)] == [1]
-    assert [len(labels) for _, labels in training_batches(split_of(3), 1, 0, 1)] == [1, 2]
+    assert [len(labels) for _, labels, *_ in training_batches(split_of(9), 4, 0, 1)] == [4, 5]
+    assert [len(labels) for _, labels, *_ in training_batches(split_of(1), 4, 0, 1)] == [1]
+    assert [len(labels) for _, labels, *_ in training_batches(split_of(3), 1, 0, 1)] == [1, 2]
 
 
 def test_fingerprints_tell_data_apart():
@@ -51,7 +51,7 @@ def test_fingerprints_tell_data_apart():
 
 def test_unaugmented_batches_are_the_images_over_255():
     split = split_of(10)
-    for images, labels in training_batches(split, 4, seed=0, epoch=1, augment=False):
+    for images, labels, *_ in training_batches(split, 4, seed=0, epoch=1, augment=False):
         assert images.dtype == torch.float32
         torch.testing.assert_close(images, split.images[labels].double().div(255).float())
     ordered = list(batches(split, 4))
@@ -80,7 +80,7 @@ def test_augmentation_makes_exactly_the_crops_and_flips(flip):
 def test_the_crop_is_by_an_eighth_of_the_size():
     """4 at 32 x 32: in a white image, no more than 4 rows or columns of zeros come in, and 4 do."""
     white = Split(torch.full((200, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
-    (images, _), *_ = training_batches(white, 200, seed=0, epoch=1)
+    (images, *_), *_ = training_batches(white, 200, seed=0, epoch=1)
     zero_rows = (images[:, 0].amax(dim=2) == 0).sum(dim=1)
     assert zero_rows.max() == 4
 

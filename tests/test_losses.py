@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.batches import Batch
 from models.bound import log_curvature_bound
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
@@ -19,7 +20,7 @@ from regularized_loss import (
     GradNormRegularizedLoss,
     regularizers,
 )
-from utils.training import build_optimizer, train_epoch
+from utils.training import Gradients, build_optimizer, train_epoch
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_a_loss_need_not_extend_celoss(model):
             return F.cross_entropy(model(input), target)
 
     optimizer = build_optimizer(model, lr=0.1, momentum=0.0, weight_decay=0.0)
-    terms = train_epoch(model, Standalone(), optimizer, [batch(4), batch(2)])
+    terms = train_epoch(model, Gradients(Standalone(), model), optimizer, [Batch(*batch(n), n, 1.0) for n in (4, 2)])
     assert terms["constant"] == 2.5
     assert terms.keys() == {"train_loss", "constant"}
 

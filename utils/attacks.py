@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from data.batches import Batch
 from models.folding import FoldedNetwork
 from utils.curvature import Generators, draw_normal, frozen_in_eval
 from utils.derivatives import cross_entropy, cross_entropy_gradient, input_vector_jacobian_product
@@ -108,15 +109,13 @@ def adversarial_images(
     return x
 
 
-def adversarial_batches(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], attack: PGD
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches (images (n, 3, H, H), labels (n,)), each image moved against the model as it is by then.
+def adversarial_batches(model: nn.Module, batches: Iterable[Batch], attack: PGD) -> Iterator[Batch]:
+    """The batches, each image moved against the model as it is by then.
 
     Random starts come from torch's global generator, which training seeds for each epoch.
     """
-    for images, labels in batches:
-        yield adversarial_images(model, images, labels, attack), labels
+    for batch in batches:
+        yield batch._replace(images=adversarial_images(model, batch.images, batch.labels, attack))
 
 
 def loss_gradient(network: nn.Module | FoldedNetwork, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

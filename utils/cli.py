@@ -122,8 +122,8 @@ def device(text: str) -> torch.device:
     return chosen
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """--device and --seed, the same in every script."""
+def add_shared_flags(parser: argparse.ArgumentParser):
+    """--device and --seed, the same in every script; returns their group."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
     group.add_argument(
@@ -134,6 +134,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         default=1729,
         help="seed of everything random",
     )
+    return group
 
 
 def seed_everything(seed: int, strong_determinism: bool) -> None:

@@ -1,27 +1,57 @@
 """Work shared between the processes that torchrun starts; alone, a process is number 0 of 1."""
 
+import contextlib
+import io
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import UserError, one_line
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+# what gloo and NCCL say when another process is gone or does not answer
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes, if torchrun started any. What they exchange is small: gloo carries it.
+def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
+    """Join the other processes, if torchrun started any; of what is printed, the first process's is shown.
 
-    One may wait long for another's share; a process that fails is noticed by torchrun, which ends the others.
+    gloo carries what lies on the CPU, NCCL what lies on GPUs. One may wait long for another's share; a process that
+    fails is noticed by torchrun, which ends the others.
+
+    Raises:
+        UserError: if another process has ended, or did not answer for the timeout.
     """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()) if rank() > 0 else contextlib.nullcontext():
+            yield
+    except RuntimeError as error:
+        if is_loss(error):
+            message = f"process {rank()} of {world_size()}: another one has ended or does not answer"
+            raise UserError(f"{message} ({one_line(error)})") from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether the error says that another process is gone."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
 
 
 def rank() -> int:
@@ -47,3 +77,100 @@ def gather_shares(own: list) -> list:
     dist.all_gather_object(shares, own)
     total = sum(map(len, shares))
     return [shares[i % world_size()][i // world_size()] for i in range(total)]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What make() returns on the first process, on every process: for files that only the first need have.
+
+    Raises:
+        UserError: the one that make() raised, on the first process; the others end without a word.
+    """
+    if world_size() == 1:
+        return make()
+    outcome: list = [None, None]  # result, exit code
+    error = None
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except UserError as e:
+            error, outcome[1] = e, e.exit_code
+    dist.broadcast_object_list(outcome)
+    if error:
+        raise error
+    if outcome[1] is not None:
+        raise SystemExit(outcome[1])
+    return outcome[0]
+
+
+@contextmanager
+def first_of_machine_first() -> Iterator[None]:
+    """Do something, such as a download, on one process of each machine before the others do it."""
+    later = world_size() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+    if later:
+        dist.barrier()
+    yield
+    if world_size() > 1 and not later:
+        dist.barrier()
+
+
+def summed(values: list[float]) -> list[float]:
+    """Each value summed over the processes, the same on all of them."""
+    if world_size() == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, share: float) -> None:
+    """Every BatchNorm's running statistics become their mean over the processes, weighted by their shares, which sum
+    to 1: those of the whole batch's parts."""
+    if world_size() == 1:
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    if not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics]) * share
+    dist.all_reduce(flat)
+    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+@torch.no_grad()
+def equalize_buffers(model: nn.Module) -> None:
+    """Every buffer becomes the first process's: what each computed from the same numbers may differ by a rounding."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class ComputeLoss(nn.Module):
+    """A loss as a module whose forward is compute_loss, for DistributedDataParallel.
+
+    To wrap the loss rather than the model leaves ``loss.model`` the network it is, and lets compute_loss apply it as
+    often as it likes before the one backward pass that DistributedDataParallel expects.
+    """
+
+    def __init__(self, loss, model: nn.Module):
+        super().__init__()
+        self.loss, self.model = loss, model
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.loss.compute_loss(images, labels)
+
+
+def data_parallel(loss, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """loss.compute_loss; with several processes one whose backward pass averages the model's gradients over them.
+
+    The parameters and buffers of all processes become the first one's.
+    """
+    if world_size() == 1:
+        return loss.compute_loss
+    equalize_buffers(model)
+    with warnings.catch_warnings():  # newer versions of torch call broadcast_buffers forward_sync_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            ComputeLoss(loss, model), broadcast_buffers=False, gradient_as_bucket_view=True
+        )

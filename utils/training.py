@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batches import Split, batches
+from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from regularized_loss import CELoss
+from utils import distributed
 from utils.errors import UserError
 
 
@@ -50,13 +51,33 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in milestones)
 
 
-def train_epoch(
-    model: nn.Module, loss: CELoss, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
-) -> dict[str, float]:
-    """One pass of optimizer steps over batches of (pixels (n, 3, H, H), labels (n,)), the model in training mode.
+class Gradients:
+    """gradients(images, labels, weight): the loss of a batch and, in every parameter's grad, weight times its gradient.
+
+    A penalty on the input gradient is inside compute_loss, as autograd.grad with create_graph: one backward pass then
+    gives the gradient of loss and penalty together. With several processes it is their mean, see ``data_parallel``.
 
     Returns:
-        Means over the examples: ``train_loss``, the quantity minimized, and each unweighted term of ``loss``.
+        ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
+    """
+
+    def __init__(self, loss: CELoss, model: nn.Module):
+        self.loss, self.compute_loss = loss, distributed.data_parallel(loss, model)
+
+    def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
+        total = self.compute_loss(images, labels)
+        (total * weight).backward()
+        terms = self.loss.terms if isinstance(self.loss, CELoss) else self.loss.metadata
+        return {"train_loss": total.detach(), **terms}
+
+
+def train_epoch(
+    model: nn.Module, gradients: Gradients, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """One pass of optimizer steps over batches, the model in training mode.
+
+    Returns:
+        Means over the examples of what ``gradients`` returns.
 
     Raises:
         UserError: on a batch too small to train BatchNorm with.
@@ -64,21 +85,22 @@ def train_epoch(
     model.train()
     sums: dict[str, Tensor] = {}  # stay on the device: reading a number after every step would wait for it
     num_examples = 0
-    for images, labels in batches:
+    for images, labels, size, share in batches:
         optimizer.zero_grad(set_to_none=True)
         try:
-            total = loss.compute_loss(images, labels)
+            terms = gradients(images, labels, share * distributed.world_size())
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UserError("BatchNorm cannot be trained on one example of this size; raise --batch-size") from None
             raise
-        total.backward()
         optimizer.step()
-        terms = loss.terms if isinstance(loss, CELoss) else loss.metadata
-        for name, term in {"train_loss": total.detach(), **terms}.items():
-            sums[name] = sums.get(name, 0.0) + term * len(labels)
-        num_examples += len(labels)
-    return {name: float(value) / num_examples for name, value in sums.items()}
+        distributed.average_statistics(model, share)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term * (share * size)
+        num_examples += size
+    distributed.equalize_buffers(model)
+    means = distributed.summed([float(value) / num_examples for value in sums.values()])
+    return dict(zip(sums, means, strict=True))
 
 
 @torch.no_grad()
@@ -87,11 +109,13 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 256) -> tuple[flo
     model.eval()
     loss = torch.zeros((), device=split.images.device)
     correct = torch.zeros((), dtype=torch.int64, device=split.images.device)
-    for images, labels in batches(split, batch_size, next(model.parameters()).dtype):
+    own = split[slice(distributed.rank(), None, distributed.world_size())]
+    for images, labels in batches(own, batch_size, next(model.parameters()).dtype):
         logits = model(images)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(dim=1) == labels).sum()
-    return float(loss) / len(split), 100 * int(correct) / len(split)
+    loss, correct = distributed.summed([float(loss), int(correct)])
+    return loss / len(split), 100 * correct / len(split)
 
 
 def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:

@@ -1,0 +1,71 @@
+"""What tests/test_distributed.py starts as several processes."""
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import train_models
+from data.batches import Split, training_batches
+from models.layers import LCNN
+from models.resnet import ResNet
+from regularized_loss import regularizers
+from utils import distributed
+from utils.training import Gradients
+
+WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
+
+
+def gradients_of_every_loss(path: str) -> None:
+    """Save to ``path``, by regularizer and batch, the gradients of batches of 7 and 2 examples in float64 in eval."""
+    torch.manual_seed(0)
+    model = ResNet(LCNN, (1, 0, 0, 0), num_classes=4, input_size=8).double()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_var.uniform_(0.5, 2)
+            m.running_mean.normal_()
+    images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    split = Split(images, torch.arange(9) % 4)
+    model.eval()
+    found = {}
+    with distributed.process_group():
+        rank, world_size = distributed.rank(), distributed.world_size()
+        for name, make in regularizers.items():
+            gradients = Gradients(make(model, WEIGHTS), model)
+            for batch in training_batches(split, 7, 0, 1, rank=rank, world_size=world_size):
+                model.zero_grad()
+                gradients(batch.images.double(), batch.labels, batch.share * world_size)
+                found[f"{name} {batch.size}"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        if rank == 0:
+            torch.save(found, path)
+
+
+def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
+    """Train as the command line does; after each epoch's steps append a digest of the network's state to
+    folder/rank, and after ``stop_after`` epochs be interrupted."""
+    evaluate, epochs = train_models.evaluate, 0
+
+    def digest(model, split):
+        nonlocal epochs
+        state = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+        with (Path(folder) / str(distributed.rank())).open("a") as file:
+            file.write(state + "\n")
+        if epochs == int(stop_after):
+            raise KeyboardInterrupt
+        epochs += 1
+        return evaluate(model, split)
+
+    train_models.evaluate = digest
+    return train_models.main(arguments)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    task, *rest = sys.argv[1:]
+    if task == "gradients":
+        gradients_of_every_loss(*rest)
+    else:
+        sys.exit(train_and_digest(os.environ["DIGESTS"], os.environ["STOP_AFTER"], rest))

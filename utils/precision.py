@@ -1,0 +1,45 @@
+"""The arithmetic of training: float32, or convolutions in TF32 or bfloat16, which a GPU's tensor cores do faster."""
+
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from utils.errors import UsageError
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def set_precision(model: nn.Module, precision: str, device: torch.device) -> None:
+    """Make training compute in one of ``PRECISIONS``; weights, losses and penalties stay in float32 in each.
+
+    tf32: matrix products and convolutions read their float32 inputs to 10 bits. bf16: autocast of the model's forward
+    wherever gradients are taken; spectral norms and what is evaluated without gradients stay in float32.
+
+    Raises:
+        UsageError: for tf32 where there is none.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA devices, not {device.type}; give fp32 or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision == "bf16":
+        autocast_to_bfloat16(model, device.type)
+
+
+def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
+    """Wrap the model's forward: (N, ...) -> float32 logits, computed under autocast while gradients are recorded."""
+    forward = model.forward
+
+    @wraps(forward)
+    def autocast_forward(x: Tensor) -> Tensor:
+        # without the cache of cast weights: a CUDA graph must not keep one, and each weight is used once
+        with torch.autocast(device_type, torch.bfloat16, enabled=torch.is_grad_enabled(), cache_enabled=False):
+            logits = forward(x)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    model.forward = autocast_forward
+    for module in model.modules():  # torch's spectral_norm
+        for parametrizations in module.parametrizations.values() if is_parametrized(module) else ():
+            for parametrization in parametrizations:
+                parametrization.forward = torch.autocast(device_type, enabled=False)(parametrization.forward)
