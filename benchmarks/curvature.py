@@ -9,11 +9,8 @@ whatever else the machine does touches all of them; look at the ratios. Peak mem
 
 import argparse
 import copy
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measure import PeakMemory, interleaved  # noqa: E402
 from data.batches import to_pixels  # noqa: E402
 from data.datasets import load_dataset  # noqa: E402
 from models.folding import fold  # noqa: E402
@@ -84,24 +82,6 @@ def errors_by_products(hessian: InputHessian, method: str, start: Tensor, truth:
     return errors
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, all of them taking turns; one round more warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + 1):
-        for name, variant in variants.items():
-            synchronize()
-            began = time.perf_counter()
-            variant()
-            synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def load(path: str, flags: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
     """The network of a checkpoint, and some random images of its test split with their labels."""
     checkpoint = read_checkpoint(path)
@@ -125,21 +105,12 @@ def measure_memory(path: str, variant: str, flags: argparse.Namespace) -> float:
     with torch.no_grad():
         model(images[:1])  # what the libraries take for themselves
 
-    def memory(entry: str) -> float:
-        """MiB in use now (VmRSS) or at most since the last reset (VmHWM)."""
-        if images.is_cuda:
-            return (torch.cuda.max_memory_allocated() if entry == "VmHWM" else torch.cuda.memory_allocated()) / 2**20
-        status = Path("/proc/self/status").read_text()
-        return int(status.split(f"{entry}:")[1].split()[0]) / 2**10
-
-    if not images.is_cuda:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is in use now
-    before = memory("VmRSS")
+    memory = PeakMemory(images.device)
     if variant == "textbook":
         textbook_estimate(model, images, labels, start, TEXTBOOK_ITERATIONS)
     else:
         estimate_curvature(model, images, labels, variant, num_iterations=TEXTBOOK_ITERATIONS + 1, tol=0)
-    return memory("VmHWM") - before
+    return memory.taken()
 
 
 def witnesses(model: nn.Module, image: Tensor, label: Tensor) -> dict[str, float]:
