@@ -186,23 +186,21 @@ def compare_methods(flags: argparse.Namespace) -> None:
 
 
 def compare_precisions(flags: argparse.Namespace) -> None:
-    """The gradient's error in every precision; on CUDA also seconds a step, as a graph, and deterministically."""
+    """The gradient's error in every precision, and seconds a step: as a graph on CUDA, and deterministically."""
     cuda = flags.device.type == "cuda"
     precisions = [p for p in PRECISIONS if cuda or p != "tf32"]
     print(f"\n{'relative error of the gradient':<44}" + "".join(f"{p:>10}" for p in precisions))
     for arch, loss, _ in (METHODS[name] for name in ("Standard", "GradReg", "CURE", "LCNN", "LCNN + GradReg")):
         errors = gradient_errors(arch, loss, precisions, flags)
         print(f"  {arch + ' ' + loss:<42}" + "".join(f"{error:>10.1e}" for error in errors))
-    if not cuda:
-        return
     for arch, loss in (("resnet18", "none"), ("resnet18lcnn", "curvature_and_gnorm")):
         variants = {
             f"{precision}{' as a graph' if graph else ''}": our_step(arch, loss, flags, False, precision, graph)
             for precision in precisions
-            for graph in (False, True)
+            for graph in ((False, True) if cuda else (False,))
         }
         variants["fp32, deterministic"] = deterministically(our_step(arch, loss, flags))
-        seconds = interleaved(variants, flags.rounds, warm_up=5)
+        seconds = interleaved(variants, flags.rounds, warm_up=5 if cuda else 1)
         print(f"\n{arch} {loss}: seconds a step, images/s")
         for name, s in seconds.items():
             print(f"  {name:<26}{s:>10.4g}{flags.batch_size / s:>10.0f}")

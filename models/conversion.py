@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
 from utils.errors import one_line
 from utils.self_check import RTOL, same, tensors
 
@@ -83,7 +83,7 @@ FUNCTIONS_LEFT = {
     **dict.fromkeys(("prelu", "rrelu", "hardtanh", "threshold", "hardshrink", "softshrink", "softsign"), KINK),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "abs"), KINK),
 }
-LAYERS = (*LOW_CURVATURE, *ACTIVATIONS, nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+LAYERS = (*LOW_CURVATURE, *ACTIVATIONS, Conv2d, BatchNorm2d, nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 LAYERS += tuple(kind for kinds in MODULES_LEFT for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
@@ -285,7 +285,7 @@ def _is_activation(module: nn.Module) -> bool:
 def _own_forward(module: nn.Module) -> type | None:
     """The class of this module if it overrides the forward of the layer of torch's that it extends."""
     base = next(kind for kind in LAYERS if isinstance(module, kind))
-    methods = ("forward", "_conv_forward") if base is nn.Conv2d else ("forward",)
+    methods = ("forward", "_conv_forward") if issubclass(base, nn.Conv2d) else ("forward",)
     inherited = all(getattr(type(module), method) is getattr(base, method) for method in methods)
     return None if inherited and "forward" not in vars(module) else type(module)
 

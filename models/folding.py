@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
-from models.layers import BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.resnet import ResidualBlock, ResNet
 from models.vgg import VGG
 
@@ -269,7 +269,8 @@ def fold_conv_norm(pair: nn.Sequential, before: float = 1.0, after: float = 1.0)
     """x -> after * norm(conv(before * x)), spectral norm and BatchNorm's clip included, as one plain convolution."""
     require(list(dict(pair.named_children())) == ["conv", "norm"])
     conv, norm = pair.conv, pair.norm
-    require(type(conv) in (nn.Conv2d, SpectralNormConv2d) and type(norm) in (BatchNorm2d, LipschitzBatchNorm2d))
+    require(type(conv) in (nn.Conv2d, Conv2d, SpectralNormConv2d))
+    require(type(norm) in (nn.BatchNorm2d, BatchNorm2d, LipschitzBatchNorm2d))
     require(conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros")
     require(not isinstance(conv.padding, str) and not norm.affine and norm.running_var is not None)
     scale = after * (norm.running_var + norm.eps).rsqrt()

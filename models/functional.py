@@ -4,14 +4,22 @@ A gradient-norm penalty differentiates every layer twice. Left to autograd, the 
 some thirty passes over the activations, and each elementwise factor adds its own; here each layer takes a few.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 CHANNELWISE = (-1, 1, 1)
+
+
+def without_autocast(device: torch.device):
+    """A context in which nothing is cast to fewer bits."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 class ScaledBatchNorm(Function):
@@ -79,6 +87,99 @@ class ScaledBatchNormBackward(Function):
             grad_g = u * xhat if grad_g is None else grad_g + u * xhat
             grad_x = u / scale * dx if grad_x is None else grad_x + u / scale * dx
         return grad_g, grad_x, grad_scale, None, None, None
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
+    """``F.conv2d`` without groups and dilation, whose second derivative is made of ordinary convolutions.
+
+    autograd's own takes the weight's part of it as a convolution with a kernel as large as the image, between copies of
+    transposed activations. As there, an input gradient that is to be differentiated leaves the weight's gradient out.
+    A function of x and the weight could not know that only one of them is asked for: hence two, and one to join them.
+    """
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = ConvolutionOfInput.apply(x, weight, bias, stride, padding)
+    return Joined.apply(y, ConvolutionOfWeight.apply(weight, bias, [x], y.shape, stride, padding))
+
+
+def convolution_gradients(g, x, weight, stride, padding, wanted: tuple[bool, bool, bool]):
+    """Gradients of <g, conv(x, weight) + bias> for x, weight and bias; None for those not wanted."""
+    sizes = None if not wanted[2] else [weight.shape[0]]
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, sizes, stride, padding, [1, 1], False, [0, 0], 1, list(wanted)
+    )
+
+
+class Joined(Function):
+    """The first of two tensors; the gradient goes to both."""
+
+    @staticmethod
+    def forward(ctx, y, zero):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, g
+
+
+class ConvolutionOfInput(Function):
+    """conv(x, weight) + bias; when its gradient is to be differentiated itself, as a function of x alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = stride, padding
+        return torch.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *convolution_gradients(g, x, weight, *ctx.geometry, ctx.needs_input_grad[:3]), None, None
+        dx = ConvolutionInputGradient.apply(g, x, weight, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None
+
+
+class ConvolutionInputGradient(Function):
+    """(g, weight) -> dx, linear in both; of x only the shape matters."""
+
+    @staticmethod
+    def forward(ctx, g, x, weight, stride, padding):
+        ctx.save_for_backward(g, weight)
+        ctx.geometry = stride, padding
+        return convolution_gradients(g, x, weight, stride, padding, (True, False, False))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v):
+        g, weight = ctx.saved_tensors
+        grad_g = torch.conv2d(v, weight, None, *ctx.geometry)
+        grad_weight = convolution_gradients(g, v, weight, *ctx.geometry, (False, True, False))[1]
+        return grad_g, None, grad_weight, None, None
+
+
+class ConvolutionOfWeight(Function):
+    """Zero, with the other gradients of conv(x, weight) + bias when they are to be differentiated, by autograd itself.
+
+    x comes in a list: as an argument it would put this on the way from the output to x.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, in_list, shape, stride, padding):
+        (x,) = in_list
+        ctx.save_for_backward(weight, x)
+        ctx.geometry = stride, padding
+        return weight.new_zeros(()).expand(shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        if not torch.is_grad_enabled():
+            return None, None, None, None, None, None
+        weight, x = ctx.saved_tensors
+        wanted = (False, *ctx.needs_input_grad[:2])
+        _, dweight, dbias = convolution_gradients(g, x, weight, *ctx.geometry, wanted)
+        return dweight, dbias, None, None, None, None
 
 
 class CenteredSoftplusFunction(Function):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from models.functional import CenteredSoftplusFunction, ScaledBatchNorm
+from models.functional import CenteredSoftplusFunction, ScaledBatchNorm, conv2d, without_autocast
 
 
 class CenteredSoftplus(nn.Module):
@@ -55,7 +55,17 @@ class CenteredSoftplus(nn.Module):
         return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
 
 
-class SpectralNormConv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d``, the same numbers, with a cheaper second derivative in training."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        if self.training and plain and x.ndim == 4 and not isinstance(self.padding, str):
+            return conv2d(x, weight, bias, self.stride, self.padding)
+        return super()._conv_forward(x, weight, bias)
+
+
+class SpectralNormConv2d(Conv2d):
     """Convolution whose weight is divided by the spectral norm of the convolution *operator* (Ryu et al., ICML 2019).
 
     The operator is z -> conv(z) with this layer's stride and zero padding on inputs of ``input_size``, without the
@@ -120,7 +130,7 @@ class SpectralNormConv2d(nn.Conv2d):
 
         In the weight's own precision, under autocast too.
         """
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             return self._spectral_norm()
 
     def _spectral_norm(self) -> Tensor:
@@ -226,9 +236,9 @@ class Layers(NamedTuple):
     activation: Callable[[], nn.Module]
 
 
-def plain_conv(*arguments, input_size, **keywords) -> nn.Conv2d:
-    """``nn.Conv2d`` behind SpectralNormConv2d's signature; a plain convolution does not ask for its input size."""
-    return nn.Conv2d(*arguments, **keywords)
+def plain_conv(*arguments, input_size, **keywords) -> Conv2d:
+    """``Conv2d`` behind SpectralNormConv2d's signature; a plain convolution does not ask for its input size."""
+    return Conv2d(*arguments, **keywords)
 
 
 # Softplus(beta=1000) is ReLU to a thousandth, but twice differentiable

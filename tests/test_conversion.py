@@ -666,6 +666,12 @@ def test_a_graph_module_is_converted_like_what_it_was_traced_from():
 
 
 # BatchNorm in training on few images whose last maps are of one pixel has gradients of 1e9: more images there
+def test_our_own_standard_network_becomes_low_curvature():
+    network, _ = convert(model_architecture["vgg11"](4, 16), torch.rand(2, 3, 16, 16))
+    for kind in (CenteredSoftplus, SpectralNormConv2d, LipschitzBatchNorm2d):
+        assert sum(isinstance(module, kind) for module in network.modules()) == 10
+
+
 @pytest.mark.parametrize(
     ("name", "n"), [("resnet18", 8), ("mobilenet_v3_small", 8), ("vgg11_bn", 4), ("convnext_tiny", 2)]
 )

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from models.functional import CenteredSoftplusFunction, ScaledBatchNorm
-from models.layers import BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
 
 
 def dense_matrix(function, shape: tuple[int, ...]) -> torch.Tensor:
@@ -218,6 +218,41 @@ def test_second_derivatives_written_out_are_right_in_every_argument():
             parameter = torch.tensor(value, dtype=torch.float64, requires_grad=True)
             assert gradcheck(function, (x, parameter))
             assert gradgradcheck(function, (x, parameter))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), GEOMETRIES)
+def test_convolution_in_training_is_torchs_in_every_derivative(kernel, stride, padding, size, bias):
+    torch.manual_seed(0)
+    ours = Conv2d(3, 4, kernel, stride=stride, padding=padding, bias=bias).double()
+    theirs = torch.nn.Conv2d(3, 4, kernel, stride=stride, padding=padding, bias=bias).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, *([size] * 2 if isinstance(size, int) else size), dtype=torch.float64)
+    results = []
+    for conv in (ours, theirs):
+        at, parameters = x.clone().requires_grad_(), list(conv.parameters())
+        y = conv(at)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), at, create_graph=True)
+        by_penalty = torch.autograd.grad(y.sum() + gradient.square().sum(), [at, *parameters])
+        first = torch.autograd.grad(conv(at).pow(3).sum(), [at, *parameters], create_graph=True)
+        by_all = torch.autograd.grad(sum(g.square().sum() for g in first), [at, *parameters])
+        results.append((y, gradient, by_penalty, first, by_all))
+    torch.testing.assert_close(*results)
+
+
+def test_an_input_gradient_leaves_the_weights_gradient_out():
+    """As autograd's own does: with it, a gradient-norm step would cost a seventh pass of the convolutions."""
+    conv = Conv2d(3, 4, 3, padding=1)
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    y = conv(x).square().sum()
+    with torch.profiler.profile() as profile:
+        (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+        y + gradient.square().sum()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::convolution_backward"] == 1
+    with torch.profiler.profile() as profile:
+        conv(x.detach()).square().sum().backward()  # only the weight's and the bias's, together
+    assert {event.key: event.count for event in profile.key_averages()}["aten::convolution_backward"] == 1
 
 
 def test_batchnorm_refuses_one_value_per_channel():

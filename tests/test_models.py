@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import LCNN, STANDARD, BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
+from models.layers import (
+    LCNN,
+    STANDARD,
+    BatchNorm2d,
+    CenteredSoftplus,
+    Conv2d,
+    LipschitzBatchNorm2d,
+    SpectralNormConv2d,
+)
 from models.model_selector import model_architecture
 from models.resnet import ResidualBlock
 
@@ -37,8 +45,8 @@ def test_layer_counts_and_types(name, convolutions, activations):
 
     standard, lcnn, lowbeta = (model_architecture[name + suffix](10, 16) for suffix in ("", "lcnn", "lowbeta"))
     for model, conv, norm, activation in (
-        (standard, nn.Conv2d, BatchNorm2d, nn.Softplus),
-        (lowbeta, nn.Conv2d, BatchNorm2d, nn.Softplus),
+        (standard, Conv2d, BatchNorm2d, nn.Softplus),
+        (lowbeta, Conv2d, BatchNorm2d, nn.Softplus),
         (lcnn, SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus),
     ):
         assert (count(model, conv), count(model, norm), count(model, activation)) == (

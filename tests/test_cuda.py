@@ -1,0 +1,87 @@
+"""Training on a GPU: nothing waits for the host, and a captured step is the step."""
+
+import copy
+
+import pytest
+import torch
+from conftest import run_main
+
+import train_models
+from data.batches import Split, training_batches
+from models.model_selector import model_architecture
+from regularized_loss import regularizers
+from utils import cli
+from utils.attacks import PGD, adversarial_batches
+from utils.cuda_graph import CapturedGradients
+from utils.precision import PRECISIONS, set_precision
+from utils.training import Gradients, build_optimizer, train_epoch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _restore_precision():
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+    torch.use_deterministic_algorithms(False)
+
+
+def split() -> Split:
+    images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Split(images, torch.arange(70) % 10).to(CUDA)
+
+
+def build(arch: str, regularizer: str, precision: str):
+    torch.manual_seed(0)
+    model = model_architecture[arch](10, 16).to(CUDA, memory_format=torch.channels_last)
+    set_precision(model, precision, CUDA)
+    loss = regularizers[regularizer](model, train_models.build_parser().parse_args([]))
+    return model, Gradients(loss, model), build_optimizer(model, 0.01, 0.9, 5e-4)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("regularizer", regularizers)
+def test_an_epoch_does_not_wait_for_the_host(precision, regularizer):
+    model, gradients, optimizer = build("resnet18lcnn", regularizer, precision)
+    data = split()
+    train_epoch(model, gradients, optimizer, training_batches(data, 16, 0, 1))  # what libraries do once
+
+    def watched():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batches = training_batches(data, 16, 0, 2)
+            yield from adversarial_batches(model, batches, PGD("l2", 0.1, 2, 0.05)) if precision == "fp32" else batches
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    train_epoch(model, gradients, optimizer, watched())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("regularizer", ["none", "curvature_and_gnorm", "cure"])
+def test_a_captured_step_is_the_step_bit_for_bit(precision, regularizer):
+    cli.seed_everything(0, strong_determinism=True)
+    states, terms = [], []
+    for captured in (False, True):
+        model, gradients, optimizer = build("resnet18lcnn", regularizer, precision)
+        if captured:
+            gradients = CapturedGradients(gradients, model)
+        for epoch in (1, 2):  # 4 batches of 16 and one of 6
+            optimizer.param_groups[0]["lr"] = 0.01 / epoch
+            found = train_epoch(model, gradients, optimizer, training_batches(split(), 16, 0, epoch))
+        states.append(copy.deepcopy(model.state_dict()))
+        terms.append(found)
+    assert gradients.graph is not None
+    assert terms[0] == terms[1]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("more", [[], ["--cuda-graph", "--precision", "bf16", "--no-strong-determinism-wanted"]])
+def test_a_run_on_a_gpu(photographs, tmp_path, capsys, more):
+    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 4]
+    flags += ["--model-arch", "resnet18lcnn", "--regularizer", "curvature_and_gnorm", "--batch-size", 12, "--lr", 0.01]
+    result = run_main(train_models, [*flags, *more, "--device", "cuda", "--output-dir", tmp_path], capsys)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 4/4" in result.stdout

@@ -1,0 +1,96 @@
+"""bfloat16 where it is meant to be, and nowhere else."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_one_line_error, run_main
+from torch import nn
+
+import train_models
+from models.model_selector import model_architecture
+from regularized_loss import regularizers
+from utils.checkpoint import read_checkpoint
+from utils.precision import set_precision
+from utils.training import Gradients
+
+CPU = torch.device("cpu")
+
+
+def batch():
+    return torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
+
+
+@pytest.fixture(params=["resnet18lcnn", "vgg11"])
+def models(request):
+    """The same network twice: in float32, and prepared for bfloat16."""
+    torch.manual_seed(0)
+    model = model_architecture[request.param](10, 16)
+    other = copy.deepcopy(model)
+    set_precision(other, "bf16", CPU)
+    return model.train(), other.train()
+
+
+def test_convolutions_are_in_bfloat16_and_power_iterations_in_float32(models):
+    model, half = models
+    dtypes = set()
+    for module in half.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    images, _ = batch()
+    reference, logits = model(images), half(images)
+    assert dtypes == {torch.bfloat16}
+    assert logits.dtype == torch.float32
+    error = (logits - reference).norm() / reference.norm()
+    assert 1e-5 < error < 0.1
+    for (name, ours), theirs in zip(half.named_buffers(), model.buffers(), strict=True):
+        if name.split(".")[-1] in ("u", "v", "_u", "_v"):
+            assert torch.equal(ours, theirs), name
+
+
+def test_what_is_evaluated_is_evaluated_in_float32(models):
+    model, half = models
+    images, _ = batch()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), half.eval()(images))
+
+
+def test_gradients_are_float32_and_near_those_in_float64():
+    torch.manual_seed(0)
+    half = model_architecture["resnet18lcnn"](10, 16)
+    double = copy.deepcopy(half).double()
+    set_precision(half, "bf16", CPU)
+    images, labels = batch()
+    flags = train_models.build_parser().parse_args([])
+    for name in ("none", "curvature_and_gnorm", "cure"):
+        gradients = []
+        for model, x in ((half, images), (double, images.double())):
+            model.train().zero_grad()
+            Gradients(regularizers[name](model, flags), model)(x, labels)
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        found, truth = gradients
+        assert found.dtype == torch.float32
+        error = ((found - truth).norm() / truth.norm()).item()
+        assert 1e-4 < error < 0.2, name
+
+
+def test_a_run_in_bfloat16_is_of_its_own_kind(photographs, tmp_path, capsys):
+    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 1]
+    flags += [
+        "--model-arch",
+        "vgg11lcnn",
+        "--batch-size",
+        12,
+        "--lr",
+        0.01,
+        "--device",
+        "cpu",
+        "--output-dir",
+        tmp_path,
+    ]
+    result = run_main(train_models, [*flags, "--precision", "bf16"], capsys)
+    assert result.returncode == 0, result.stderr
+    checkpoint = read_checkpoint(tmp_path / "vgg11lcnn_imagefolder.pt")
+    assert checkpoint["flags"]["precision"] == "bf16"
+    assert all(t.dtype in (torch.float32, torch.int64) for t in checkpoint["model"].values())
+    assert_one_line_error(run_main(train_models, [*flags, "--resume"], capsys), 2, "--precision bf16")
