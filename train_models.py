@@ -29,12 +29,13 @@ from utils.errors import UsageError, UserError, one_line
 from utils.files import write_csv
 from utils.outside_model import build_outside_model, is_outside
 from utils.plots import plot_training
-from utils.precision import PRECISIONS, set_precision
+from utils.precision import PRECISIONS, check_precision, set_precision
 from utils.progress import progress
-from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags
+from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags, only_run_of
 from utils.self_check import forward
 from utils.training import (
     Gradients,
+    NonFiniteStep,
     build_optimizer,
     calibrate_batchnorm,
     count_parameters,
@@ -161,6 +162,7 @@ def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
     cli.check_architecture_flags(flags)
+    check_precision(flags.precision, flags.device)
     if flags.cuda_graph and (flags.device.type != "cuda" or distributed.world_size() > 1):
         raise UsageError("--cuda-graph is for one process on a CUDA device; leave it out")
     if not is_outside(flags.model_arch):
@@ -188,12 +190,19 @@ def train(flags: argparse.Namespace) -> Path:
     """
     torch.set_flush_denormal(True)  # a smooth ReLU puts out many, and CPUs are slow with them
     check_flags(flags)
-    first = distributed.rank() == 0
-    outside = is_outside(flags.model_arch)
     flags.image_size = flags.image_size or datasets[flags.dataset].image_size
     recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
     files = RunFiles.named(flags)
+    with contextlib.ExitStack() as stack:
+        distributed.from_first(lambda: stack.enter_context(only_run_of(files)))
+        return train_run(flags, files, recorded_flags)
+
+
+def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) -> Path:
+    """``train``, once the flags are checked and no other process touches the run's files."""
+    first = distributed.rank() == 0
+    outside = is_outside(flags.model_arch)
     path, saved = distributed.from_first(lambda: saved_run(flags, files, recorded_flags)) or (None, None)
 
     cli.seed_everything(flags.prng_seed, flags.strong_determinism_wanted)
@@ -274,6 +283,10 @@ def train(flags: argparse.Namespace) -> Path:
         start = time.perf_counter()
         try:
             terms = train_epoch(model, gradients, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
+        except NonFiniteStep as error:
+            raise UserError(
+                f"epoch {epoch}, {error}; what was saved before it stays. A smaller --lr may help"
+            ) from None
         except Exception as error:  # the user's own code may raise anything
             if not outside or isinstance(error, (UserError, torch.OutOfMemoryError)) or distributed.is_loss(error):
                 raise

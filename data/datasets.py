@@ -1,5 +1,6 @@
 """The data sets by name, each loaded once into uint8 tensors. ``--dataset`` and its help come from ``datasets``."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,36 @@ def load_digits(data_dir: Path, size: int, download: bool) -> ImageData:
     return ImageData(*splits, class_names=[str(digit) for digit in range(10)], flip=False)
 
 
+def read_image(path: str):
+    """The image at path as PIL's RGB; 16-bit greys keep their upper 8 bits, where PIL itself would clip them to white.
+
+    Raises:
+        ValueError: on values that are not those of pixels: floating-point numbers, or integers of more than 16 bits.
+        OSError, SyntaxError, ...: PIL's, on what it cannot read.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() >= 2**16:
+                raise ValueError(f"values from {grey.min()} to {grey.max()}")
+            return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":
+            raise ValueError("floating-point values")
+        # through RGBA, as PIL warns of a palette with transparency otherwise
+        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def refuse_link_loops(root: Path) -> None:
+    """Raise UserError if a link leads back to a folder it lies in: its images would be found again and again."""
+    for folder, names, _ in os.walk(root, followlinks=True):
+        for name in names:
+            link = Path(folder, name)
+            if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
+                raise UserError(f"imagefolder: {link} is a link to a folder that it lies in; remove it")
+
+
 def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
     """Any images at data_dir/train/<class>/... and data_dir/test/<class>/..., through torchvision's ImageFolder.
 
@@ -124,8 +155,9 @@ def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
         root = data_dir / split
         if not root.is_dir():
             raise UserError(f"imagefolder: no folder {root}; --data-dir must hold train/<class>/ and test/<class>/")
+        refuse_link_loops(root)
         try:
-            folder = ImageFolder(str(root))
+            folder = ImageFolder(str(root), loader=read_image)
         except (FileNotFoundError, OSError) as error:
             raise UserError(f"imagefolder: {' '.join(str(error).split())}") from error
         images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
@@ -184,4 +216,13 @@ def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None,
         UserError: if files are missing or damaged; the message says which, and how to get them.
     """
     entry = datasets[name]
-    return entry.load(Path(data_dir), image_size or entry.image_size, download)
+    data = entry.load(Path(data_dir), image_size or entry.image_size, download)
+    for split_name, split in (("training", data.train), ("test", data.test)):
+        if not len(split):
+            raise UserError(f"{name}: {data_dir} has no {split_name} images; use another copy of it")
+        if split.labels.min() < 0 or split.labels.max() >= len(data.class_names):
+            raise UserError(
+                f"{name}: the {split_name} labels under {data_dir} go from {split.labels.min()} to "
+                f"{split.labels.max()}, but there are {len(data.class_names)} classes; use another copy of it"
+            )
+    return data

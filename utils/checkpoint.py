@@ -19,7 +19,16 @@ from utils.outside_model import build_outside_model, is_outside, load_weights
 from utils.reference_checkpoint import convert_reference_checkpoint
 
 FORMAT = {"format": "lcnn", "version": 1}
-REQUIRED = {"model_arch", "dataset", "num_classes", "image_size", "flags", "epoch", "metrics", "model"}
+REQUIRED = {
+    "model_arch": str,
+    "dataset": str,
+    "num_classes": int,
+    "image_size": int,
+    "flags": dict,
+    "epoch": int,
+    "metrics": list,
+    "model": dict,
+}
 
 
 def plain(value):
@@ -53,8 +62,11 @@ def read_checkpoint(path: str | Path) -> dict:
     if is_checkpoint(checkpoint):
         if checkpoint.get("version") != FORMAT["version"]:
             raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
-        if missing := REQUIRED - checkpoint.keys():
+        if missing := REQUIRED.keys() - checkpoint.keys():
             raise UserError(f"{path}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
+        for name, kind in REQUIRED.items():
+            if type(checkpoint[name]) is not kind:
+                raise UserError(f"{path}: not a checkpoint of this program: {name} is no {kind.__name__}")
         return checkpoint
     if not isinstance(checkpoint, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()

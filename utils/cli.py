@@ -3,14 +3,17 @@
 import argparse
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
 
 from models.model_selector import model_architecture
-from utils.errors import UsageError, UserError
+from utils.errors import Terminated, UsageError, UserError
 from utils.outside_model import is_outside
 
 
@@ -150,15 +153,34 @@ def seed_everything(seed: int, strong_determinism: bool) -> None:
     torch.backends.cudnn.benchmark = not strong_determinism
 
 
+@contextmanager
+def sigterm_as_an_exception() -> Iterator[None]:
+    """Raise Terminated on SIGTERM, as KeyboardInterrupt is on Ctrl-C: files under way are cleaned up."""
+    if threading.current_thread() is not threading.main_thread():  # who alone may set a handler
+        yield
+        return
+
+    def terminate(*_) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def run(
     parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> int:
-    """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C.
+    """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C, 143
+    for SIGTERM.
 
     An error a user can cause ends as one line on stderr. Others keep their traceback: they are ours to mend.
     """
     try:
-        command(parser.parse_args(argv))
+        with sigterm_as_an_exception():
+            command(parser.parse_args(argv))
         return 0
     except SystemExit as stop:  # --help
         return stop.code or 0
@@ -172,7 +194,7 @@ def run(
         message, code = "out of memory; try a smaller --batch-size", 1
     except OSError as error:
         message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"{parser.prog}: {'' if code == 130 else 'error: '}{message}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        message, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+    print(f"{parser.prog}: {'' if code > 128 else 'error: '}{message}", file=sys.stderr)
     return code

@@ -13,6 +13,10 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: to be handled as Ctrl-C is."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's kind and message in one line of about 200 characters at most, for a message of ours to quote."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")

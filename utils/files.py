@@ -1,9 +1,11 @@
 """Files that are never half-written, and that are read with suspicion."""
 
 import csv
+import glob
 import io
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +28,10 @@ def read_tensors(path: Path, kind: str, remedy: str):
     if not path.is_file():
         raise UserError(f"{path}: no such {kind} file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content)
+        return content
     except (
         Exception
     ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
@@ -34,6 +39,38 @@ def read_tensors(path: Path, kind: str, remedy: str):
         raise UserError(
             f"{path}: not {readable}: truncated, damaged, or not plain tensors ({type(error).__name__}); {remedy}"
         ) from error
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError if a zip file, which torch.save writes, is damaged or unpacks to more than it holds.
+
+    torch itself lets flipped bits in tensors pass, and unpacks what is compressed, zeros a thousandfold.
+    """
+    if not zipfile.is_zipfile(path):  # as older versions of torch wrote
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("compressed")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("records that overlap")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} has another checksum")
+
+
+def check_tensors(content) -> None:
+    """Raise ValueError unless every tensor in nested dicts and lists is plain: dense, with its numbers in the file."""
+    if isinstance(content, torch.Tensor):
+        if content.layout != torch.strided or content.device.type != "cpu":
+            raise ValueError(f"a tensor of {content.layout} on {content.device}")
+        if content.numel() * content.itemsize > content.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {tuple(content.shape)} that is larger than its storage")
+    elif isinstance(content, dict):
+        for value in content.values():
+            check_tensors(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            check_tensors(value)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -44,7 +81,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: if the disk or the folder does not take it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path, str(os.getpid())))
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -55,6 +92,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         remedy = "make room, or name another place that can be written"
         raise UserError(f"{path} could not be written ({error.strerror or error}); {remedy}") from error
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path, process: str) -> str:
+    return f".{path.name}.{process}.tmp"
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes that were killed while they wrote path left beside it. None may be writing it now."""
+    for temporary in path.parent.glob(temporary_name(Path(glob.escape(path.name)), "*")):
         temporary.unlink(missing_ok=True)
 
 

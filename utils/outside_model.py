@@ -128,6 +128,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     if all(key.startswith(PARALLEL) for key in state) and not state.keys() & model.state_dict().keys():
         state = {key.removeprefix(PARALLEL): value for key, value in state.items()}
+    for key, own in model.state_dict().items():
+        if key in state and isinstance(own, Tensor) and own.is_floating_point() != state[key].is_floating_point():
+            raise TypeError(f"{key} is of {state[key].dtype}")
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if dtypes:
         model.to(functools.reduce(torch.promote_types, dtypes))

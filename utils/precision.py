@@ -11,17 +11,18 @@ from utils.errors import UsageError
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UsageError for tf32 where there is none."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA devices, not {device.type}; give fp32 or bf16")
+
+
 def set_precision(model: nn.Module, precision: str, device: torch.device) -> None:
     """Make training compute in one of ``PRECISIONS``; weights, losses and penalties stay in float32 in each.
 
     tf32: matrix products and convolutions read their float32 inputs to 10 bits. bf16: autocast of the model's forward
     wherever gradients are taken; spectral norms and what is evaluated without gradients stay in float32.
-
-    Raises:
-        UsageError: for tf32 where there is none.
     """
-    if precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"--precision tf32 is for CUDA devices, not {device.type}; give fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision == "bf16":
         autocast_to_bfloat16(model, device.type)

@@ -1,11 +1,16 @@
 """The files of one training run, and the rules that keep one run from overwriting another."""
 
 import argparse
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.datasets import ImageData
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
+from utils.files import remove_leftovers
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
 MACHINE_FLAGS = {"device", "cuda_graph", "output_dir", "download", "resume", "overwrite"}
@@ -52,6 +57,39 @@ class RunFiles:
             raise UsageError(
                 f"{path} exists; pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
             )
+
+
+@contextmanager
+def only_run_of(files: RunFiles) -> Iterator[None]:
+    """Hold the run's lock, which a process that dies lets go of; what one left half-written is removed.
+
+    Raises:
+        UserError: if another process holds it, or the folder cannot be written.
+    """
+    path = files.checkpoint.with_name(f".{files.checkpoint.name}.lock")
+    while True:
+        try:
+            lock = open(path, "w")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path.parent} cannot be written ({error.strerror}); give another --output-dir") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise UserError(
+                f"another process is training {files.checkpoint}; wait for it, or give another --output-dir"
+            ) from error
+        # one that ended meanwhile may have removed the file that was opened
+        if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+            break
+        lock.close()
+    try:
+        for file in (files.checkpoint, files.unfinished, files.metrics, files.picture):
+            remove_leftovers(file)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
 def check_same_flags(path: Path, checkpoint: dict, flags: dict, defaults: dict) -> None:

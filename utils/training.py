@@ -71,6 +71,50 @@ class Gradients:
         return {"train_loss": total.detach(), **terms}
 
 
+class NonFiniteStep(Exception):
+    """A loss or a gradient that is not a finite number; the step was not taken."""
+
+
+class FiniteSteps:
+    """Lets the optimizer, a fused one, take no step from the first on whose loss or gradient is not finite.
+
+    On a GPU nothing is read back before the epoch ends, so that no step waits for it; on a CPU it is at once.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer, self.step = optimizer, 0
+        self.bad: Tensor | None = None
+
+    def check(self, terms: dict[str, Tensor | float]) -> None:
+        """To be called between the gradients of a step and the optimizer's step."""
+        self.step += 1
+        device = self.parameters[0].device
+        norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
+        # what a loss computed on the host is left out: to send it to the device would wait
+        terms = {name: t for name, t in terms.items() if isinstance(t, Tensor) and t.device == device}
+        terms["the gradient"] = norms.sum()
+        self.names = list(terms)
+        values = torch.stack([term.float() for term in terms.values()])
+        if self.bad is None:
+            self.bad, self.first = torch.zeros((), device=device), torch.zeros((), device=device)
+            self.values = values
+        good = self.bad == 0
+        self.values = torch.where(good, values, self.values)
+        self.first = torch.where(good, float(self.step), self.first)
+        self.bad = torch.maximum(self.bad, 1 - values.isfinite().all().float())
+        self.optimizer.found_inf = self.bad
+        if device.type == "cpu":
+            self.raise_if_bad()
+
+    def raise_if_bad(self) -> None:
+        """Raise NonFiniteStep, with the step and what went bad in it, if one was not finite. Waits for the device."""
+        if self.bad is not None and self.bad.item():
+            bad = [f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist(), strict=True)]
+            bad = [text for text in bad if text.endswith(("nan", "inf"))]
+            raise NonFiniteStep(f"step {int(self.first)}: {', '.join(bad)}, so the step was not taken")
+
+
 def train_epoch(
     model: nn.Module, gradients: Gradients, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]
 ) -> dict[str, float]:
@@ -81,10 +125,12 @@ def train_epoch(
 
     Raises:
         UserError: on a batch too small to train BatchNorm with.
+        NonFiniteStep: on a loss or gradient that is not finite, before the optimizer uses it.
     """
     model.train()
     sums: dict[str, Tensor] = {}  # stay on the device: reading a number after every step would wait for it
     num_examples = 0
+    finite = FiniteSteps(model, optimizer)
     for images, labels, size, share in batches:
         optimizer.zero_grad(set_to_none=True)
         try:
@@ -93,11 +139,13 @@ def train_epoch(
             if "more than 1 value per channel" in str(error):
                 raise UserError("BatchNorm cannot be trained on one example of this size; raise --batch-size") from None
             raise
+        finite.check(terms)
         optimizer.step()
         distributed.average_statistics(model, share)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term * (share * size)
         num_examples += size
+    finite.raise_if_bad()
     distributed.equalize_buffers(model)
     means = distributed.summed([float(value) / num_examples for value in sums.values()])
     return dict(zip(sums, means, strict=True))

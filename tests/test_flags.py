@@ -1,0 +1,180 @@
+"""Random and boundary values of every flag of the three scripts: a finite result, or one line and exit code 2."""
+
+import argparse
+import contextlib
+import io
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import estimate_curvature
+import evaluate_robustness
+import train_models
+from data import datasets as data_module
+from data.batches import Split
+from data.datasets import DatasetEntry, ImageData
+from models import model_selector
+from models.layers import LCNN, SOFTPLUS, STANDARD, Layers, conv_norm
+from utils.results import read_measurements
+
+NUMBERS = [
+    "0",
+    "-0",
+    "1",
+    "2",
+    "3",
+    "-1",
+    "0.5",
+    "1e-300",
+    "1e300",
+    "1e-3",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "2147483648",
+]
+ODD = ["", " ", "x", "--", "8/255", "1/0", "0x10", "1_0", "\u0661", "😀", "9" * 40, "1" * 5000, "None", "-"]
+# what names a place, or would make an honest run long or large; each has its own tests
+SKIPPED = {"help", "output", "plot", "layers", "compare", "output_dir", "data_dir", "download", "device", "image_size"}
+SKIPPED |= {"model_filename", "dataset", "num_epochs", "cuda_graph", "autoattack", "num_power_iter", "pgd_steps"}
+SKIPPED |= {"restarts", "adv_steps", "trace_probes", "top_k", "probes", "model_arch", "lcnn"}
+
+
+def tiny(layers: Layers, num_classes: int, input_size: int) -> nn.Sequential:
+    """A network of one block."""
+    pair = conv_norm(layers, 3, 4, 3, padding=1, bias=False, input_size=input_size)
+    parts = OrderedDict(block=pair, activation=layers.activation(), pool=nn.AdaptiveAvgPool2d(2), flat=nn.Flatten())
+    return nn.Sequential(OrderedDict(**parts, classifier=nn.Linear(16, num_classes)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """Two tiny architectures and a data set of 16 images, under names of ours."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.arange(16) % 2)
+    with pytest.MonkeyPatch.context() as patch:
+        entry = DatasetEntry(lambda *_: ImageData(split, split, ["a", "b"], True), 16)
+        patch.setitem(data_module.datasets, "digits", entry)
+        for name, layers in (("resnet18", STANDARD), ("resnet18lcnn", LCNN), ("resnet18softplus", SOFTPLUS)):
+            patch.setitem(
+                model_selector.model_architecture,
+                name,
+                lambda num_classes, input_size=32, layers=layers: tiny(layers, num_classes, input_size),
+            )
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, small_world):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    flags = ["--dataset", "digits", "--num-epochs", "1", "--lr", "0.01", "--batch-size", "4", "--device", "cpu"]
+    assert train_models.main([*flags, "--output-dir", str(folder)]) == 0
+    return folder / "resnet18_digits.pt"
+
+
+def flags_of(parser: argparse.ArgumentParser) -> st.SearchStrategy[list[str]]:
+    """Some of the parser's flags, each in one of its spellings and with a value that may be right."""
+    one = []
+    for action in parser._actions:
+        if action.dest in SKIPPED:
+            continue
+        spelling = st.sampled_from(action.option_strings)
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            one.append(spelling.map(lambda text: [text]))
+            continue
+        right = [str(choice) for choice in action.choices or NUMBERS]
+        value = st.one_of(st.sampled_from(right), st.sampled_from(right), st.sampled_from(NUMBERS + ODD), st.text())
+        count = st.integers(0, 3) if action.nargs in ("+", "*") else st.just(1)
+        values = count.flatmap(lambda n, value=value: st.lists(value, min_size=n, max_size=n))
+        one.append(st.tuples(spelling, values).map(lambda pair: [pair[0], *pair[1]]))
+    return st.lists(st.one_of(one), max_size=4).map(lambda lists: [text for words in lists for text in words])
+
+
+def call(script, arguments: list[str]) -> tuple[int, str, str]:
+    """The exit code of script.main(arguments), and what it wrote to stdout and stderr."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = script.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def assert_sane(code: int, errors: str, arguments: list[str]) -> None:
+    """Success without a word, or one line that says what is wrong; exit code 1 only where it is the numbers' fault."""
+    lines = [line for line in errors.split("\n") if line and not line.startswith("epoch")]
+    if code:
+        assert code == 2 or "smaller --lr" in errors or "raise --batch-size" in errors, (arguments, errors)
+        assert len(lines) == 1, (arguments, errors)
+    assert "Traceback" not in errors
+
+
+thorough = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+
+
+@thorough
+@given(st.sampled_from(["resnet18", "resnet18lcnn", "resnet18softplus"]), flags_of(train_models.build_parser()))
+def test_train(tmp_path_factory, arch, flags):
+    folder = tmp_path_factory.mktemp("run")
+    fixed = ["--model-arch", arch, "--dataset", "digits", "--num-epochs", "1", "--device", "cpu"]
+    code, _, errors = call(train_models, [*flags, *fixed, "--output-dir", str(folder)])
+    assert_sane(code, errors, flags)
+    finished = list(folder.glob("*.pt"))
+    assert len(finished) == (code == 0)
+    if finished:
+        metrics = torch.load(finished[0], weights_only=True)["metrics"][-1]
+        assert all(math.isfinite(value) for value in metrics.values()), flags
+
+
+@thorough
+@given(flags_of(estimate_curvature.build_parser()))
+def test_estimate(tmp_path_factory, checkpoint, flags):
+    output = tmp_path_factory.mktemp("out") / "c.csv"
+    fixed = ["--model-filename", str(checkpoint), "--device", "cpu", "--num-power-iter", "2", "--output", str(output)]
+    code, _, errors = call(estimate_curvature, [*flags, *fixed])
+    assert_sane(code, errors, flags)
+    assert output.exists() == (code == 0)
+    if code == 0:
+        for measurement in read_measurements(output):
+            assert all(map(math.isfinite, measurement.columns["curvature"]))
+
+
+@thorough
+@given(flags_of(evaluate_robustness.build_parser()))
+def test_robustness(tmp_path_factory, checkpoint, flags):
+    output = tmp_path_factory.mktemp("out") / "r.csv"
+    fixed = ["--model-filename", str(checkpoint), "--device", "cpu", "--pgd-steps", "1", "--output", str(output)]
+    code, _, errors = call(evaluate_robustness, [*flags, *fixed])
+    assert_sane(code, errors, flags)
+    assert output.exists() == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        (train_models, ["--regularizer", "curvature", "--model-arch", "resnet18"], "--regularizer curvature"),
+        (train_models, ["--beta-weight-decay", "1", "--model-arch", "resnet18"], "--beta-weight-decay"),
+        (train_models, ["--lcnn", "--model-arch", "resnet18"], "--lcnn"),
+        (train_models, ["--resume", "--overwrite"], "--overwrite"),
+        (train_models, ["--precision", "tf32", "--device", "cpu"], "--precision tf32"),
+        (train_models, ["--cuda-graph", "--device", "cpu"], "--cuda-graph"),
+        (estimate_curvature, ["--data-fraction", "0.5", "--num-samples", "3"], "--num-samples"),
+        (evaluate_robustness, ["--data-fraction", "0.5", "--num-samples", "3"], "--num-samples"),
+    ],
+)
+def test_contradictions_are_refused_by_name_before_anything_is_loaded(script, flags, word, monkeypatch):
+    def load(*_):
+        raise AssertionError("loaded something")
+
+    for name in data_module.datasets:
+        monkeypatch.setitem(data_module.datasets, name, DatasetEntry(load, 16))
+    code, _, errors = call(script, flags)
+    assert code == 2
+    assert word in errors
+    assert len(errors.strip().splitlines()) == 1

@@ -1,0 +1,229 @@
+"""Runs that are killed, that find no room, that go wrong, or that are not alone; and runs that are repeated."""
+
+import errno
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run_main, run_script
+
+import train_models
+from models.model_selector import model_architecture
+from regularized_loss import CELoss, regularizers
+from tests.test_command_line import interrupt, read_metrics, states_equal
+from utils.checkpoint import read_checkpoint
+from utils.curvature import estimate_curvature
+from utils.files import write_atomically
+from utils.training import FiniteSteps, NonFiniteStep, build_optimizer
+
+# small, but with enough weights that its checkpoint takes a while to write
+SMALL_NET = """
+from torch import nn
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(),
+                         nn.Linear(1024, 1000), nn.Softplus(), nn.Linear(1000, 2))
+"""
+NAME = "small_net.make_imagefolder"
+
+
+@pytest.fixture
+def small_run(photographs, tmp_path):
+    """Flags of a quick run without --output-dir, and the folder to start it in."""
+    (tmp_path / "small_net.py").write_text(SMALL_NET)
+    flags = ["--model-arch", "small_net:make", "--dataset", "imagefolder", "--data-dir", photographs]
+    return [*flags, "--image-size", 16, "--batch-size", 12, "--lr", 0.01, "--device", "cpu"], tmp_path
+
+
+def train_in(folder, *arguments, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "train_models.py", *arguments]
+    return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300, **more)
+
+
+def test_killed_twenty_times_a_run_ends_as_if_it_never_was(small_run):
+    flags, folder = small_run
+    flags += ["--num-epochs", 1500]
+    whole = train_in(folder, *flags, "--output-dir", folder / "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, ROOT / "tests" / "kill_worker.py", folder / "killed", 0, *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert killed.returncode == 0, killed.stdout + killed.stderr
+    during_writes = int(re.search(r"20 kills, (\d+) during writes", killed.stdout)[1])
+    assert during_writes >= 3
+    assert states_equal(*(read_checkpoint(folder / name / f"{NAME}.pt") for name in ("whole", "killed")))
+    rows = read_metrics(folder / "killed" / f"{NAME}_metrics.csv")
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 1501))
+    left = {path.name for path in (folder / "killed").iterdir()}
+    assert left == {f"{NAME}.pt", f"{NAME}_metrics.csv", f"{NAME}.png"}
+
+
+def test_sigterm_ends_with_143_and_the_line_that_goes_on(small_run):
+    flags, folder = small_run
+    script = [str(ROOT / "train_models.py"), *map(str, flags), "--output-dir", str(folder / "run"), "--num-epochs"]
+    environment = {"PYTHONPATH": str(folder)}
+    os.environ |= environment
+    try:
+        stopped = interrupt([sys.executable, *script, "100000"], "epoch 2/", signal.SIGTERM)
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert stopped.returncode == 143
+    assert stopped.stderr.strip() == "train_models.py: terminated"
+    assert "--resume" in stopped.stdout.splitlines()[-1]
+    assert read_checkpoint(folder / "run" / f"{NAME}.unfinished.pt")["epoch"] >= 2
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    flags += ["--num-epochs", 3, "--output-dir", folder / "run"]
+    unfinished = folder / "run" / f"{NAME}.unfinished.pt"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    evaluate, calls = train_models.evaluate, 0
+
+    def fill_the_disk(*arguments):  # after the first epoch no file may grow beyond 100 kB
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_models, "evaluate", fill_the_disk)
+    try:
+        result = run_main(train_models, flags, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_one_line_error(result, 1, "unfinished.pt could not be written", "make room")
+    assert read_checkpoint(unfinished)["epoch"] == 1
+    assert not list((folder / "run").glob(".*"))
+    assert run_main(train_models, [*flags, "--resume"], capsys).returncode == 0
+    assert read_checkpoint(folder / "run" / f"{NAME}.pt")["epoch"] == 3
+
+
+def test_no_room_at_all(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    for place in ("/proc/run", "/dev/null/run", folder / "small_net.py"):
+        result = run_main(train_models, [*flags, "--output-dir", place], capsys)
+        assert_one_line_error(result, 1, str(place))
+    path = folder / "file"
+    path.write_bytes(b"old")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(Exception, match="No space left"):
+        write_atomically(path, full)
+    assert path.read_bytes() == b"old"
+
+
+class GoesBad(CELoss):
+    """From the fourth step on nan, as a term of its own."""
+
+    steps = 0
+
+    def compute_loss(self, input, target):
+        GoesBad.steps += 1
+        raw_loss = self.losses(input, target).mean()
+        penalty = raw_loss * (torch.nan if GoesBad.steps >= 4 else 1.0)
+        self.metadata = {"raw_loss": raw_loss, "penalty": penalty}
+        return raw_loss + penalty
+
+
+def test_a_loss_that_goes_bad_stops_the_run_at_that_step(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(regularizers, "bad", lambda model, flags: GoesBad(model))
+    monkeypatch.setattr(GoesBad, "steps", 0)
+    flags += ["--regularizer", "bad", "--num-epochs", 3, "--output-dir", folder / "run"]
+    result = run_main(train_models, flags, capsys)  # two steps an epoch
+    assert_one_line_error(result, 1, "epoch 2, step 2: train_loss nan, penalty nan, the gradient nan", "--lr")
+    assert "raw_loss nan" not in result.stderr
+    saved = read_checkpoint(folder / "run" / "small_net.make_bad_imagefolder.unfinished.pt")
+    assert saved["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_step_is_taken_with_a_gradient_that_is_not_finite(value):
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, 0.1, 0.9, 5e-4)
+    finite = FiniteSteps(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    finite.check({"train_loss": torch.tensor(1.0)})
+    optimizer.step()
+    after = [p.detach().clone() for p in model.parameters()]
+    assert not any(map(torch.equal, before, after))
+    model.bias.grad[1] = value
+    with pytest.raises(NonFiniteStep, match=r"step 2: the gradient (nan|inf)"):
+        finite.check({"train_loss": torch.tensor(1.0)})
+    optimizer.step()  # what a GPU goes on to do until the epoch ends
+    assert all(map(torch.equal, after, model.parameters()))
+
+
+def test_two_runs_at_once(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    flags += ["--output-dir", folder / "run"]
+    first = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_models.py"), *map(str, flags), "--num-epochs", "100000"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        next(line for line in first.stdout if line.startswith("epoch 1/"))
+        for more in (["--resume"], ["--overwrite"], []):
+            second = run_main(train_models, [*flags, "--num-epochs", 100000, *more], capsys)
+            assert_one_line_error(second, 1, "another process is training", "--output-dir")
+        other = run_main(train_models, [*flags, "--num-epochs", 1, "--regularizer", "gnorm"], capsys)
+        assert other.returncode == 0, other.stderr  # another run's files
+        assert first.poll() is None
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    time.sleep(0.1)
+    again = run_main(train_models, [*flags, "--num-epochs", 1, "--overwrite"], capsys)  # the dead hold no lock
+    assert again.returncode == 0, again.stderr
+    assert not list((folder / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_gives_the_same_bits(photographs, tmp_path, threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--dataset", "imagefolder"]
+    flags += ["--data-dir", photographs, "--image-size", 16, "--batch-size", 12, "--num-epochs", 1, "--lr", 0.01]
+    for name in ("a", "b"):
+        run_script("train_models.py", *flags, "--device", "cpu", "--output-dir", tmp_path / name)
+    a, b = (read_checkpoint(tmp_path / n / "vgg11lcnn_curvature_and_gnorm_imagefolder.pt") for n in ("a", "b"))
+    assert states_equal(a, b)
+
+
+def test_the_estimators_batch_size_changes_rounding_only():
+    torch.manual_seed(0)
+    model = model_architecture["resnet18lcnn"](4, 16).eval()
+    images, labels = torch.rand(7, 3, 16, 16), torch.arange(7) % 4
+
+    def estimate(size: int):
+        found = []
+        for i in range(0, 7, size):
+            generators = [torch.Generator().manual_seed(j) for j in range(i, min(i + size, 7))]
+            part = estimate_curvature(
+                model, images[i : i + size], labels[i : i + size], num_iterations=40, tol=1e-4, generator=generators
+            )
+            found.append(torch.stack([part.gradient_norm, part.hessian_norm, part.curvature]))
+        return torch.cat(found, dim=1)
+
+    whole = estimate(7)
+    for size in (1, 2, 3):
+        torch.testing.assert_close(estimate(size), whole, rtol=1e-4, atol=0)
