@@ -43,6 +43,7 @@ from utils.training import (
     format_metrics,
     is_finite,
     learning_rate,
+    load_optimizer_state,
     set_batchnorm_momentum,
     train_epoch,
 )
@@ -237,7 +238,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     metrics = []
     if saved:
         load_state(model, saved["model"], path, flags.model_arch)
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer_state(optimizer, saved["optimizer"])
         metrics = saved["metrics"]
         print(f"resuming {files.unfinished} after epoch {saved['epoch']}")
     elif flags.calibrate_batchnorm:
@@ -255,7 +256,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
         "flags": recorded_flags,
     }
     attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
-    gradients = Gradients(loss, model)
+    gradients = Gradients(loss, model, find_unused=outside)
     if flags.cuda_graph:
         gradients = CapturedGradients(gradients, model)
     if flags.overwrite and first:  # only now that nothing can be missing for the new run

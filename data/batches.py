@@ -87,10 +87,10 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Every process augments the whole batch and keeps every world_size-th example of it, so that what is trained on
-    does not depend on how many processes there are. The last batch may be smaller than batch_size, and if only one
-    example is left for it the last but one takes it: BatchNorm cannot be trained on one 1 x 1 image. The crop's padding
-    is H / 8: the usual 4 at 32 x 32. Pixels are float32.
+    Every process augments the whole batch and keeps every world_size-th example of it (of a small batch some keep
+    none), so that what is trained on does not depend on how many processes there are. The last batch may be smaller
+    than batch_size, and if only one example is left for it the last but one takes it: BatchNorm cannot be trained on
+    one 1 x 1 image. The crop's padding is H / 8: the usual 4 at 32 x 32. Pixels are float32.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)
@@ -102,9 +102,11 @@ def training_batches(
         images = batch.images
         if augment:
             images = random_crop_and_flip(images, images.shape[-1] // 8, flip, generator)
-        own = slice(rank, None, world_size) if rank < len(indices) else slice(1)
+        # to as many processes as can have two examples, which BatchNorm may need; on the others two stand in
+        active = max(1, min(world_size, len(indices) // 2))
+        own = slice(rank, None, active) if rank < active else slice(2)
         images, labels = images[own].contiguous(), batch.labels[own].contiguous()
-        share = len(labels) / len(indices) if rank < len(indices) else 0.0
+        share = len(labels) / len(indices) if rank < active else 0.0
         yield Batch(to_pixels(images), labels, len(indices), share)
 
 

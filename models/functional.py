@@ -6,20 +6,38 @@ some thirty passes over the activations, and each elementwise factor adds its ow
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 CHANNELWISE = (-1, 1, 1)
 
 
-def without_autocast(device: torch.device):
-    """A context in which nothing is cast to fewer bits."""
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A context in which convolutions read every bit of their inputs: without autocast, and without TF32."""
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+    try:
+        if tf32:
+            torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext():
+            yield
+    finally:
+        if tf32:
+            torch.backends.cudnn.allow_tf32 = True
+
+
+def refuse_third_derivative() -> None:
+    """Raise RuntimeError where a second derivative is to be differentiated itself: here it would count as constant.
+
+    torch's own BatchNorm has no third derivative in training either; in eval mode all layers are torch's.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("in training mode this layer can be differentiated twice, not three times")
 
 
 class ScaledBatchNorm(Function):
@@ -65,11 +83,11 @@ class ScaledBatchNormBackward(Function):
         return dx, g_xhat.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v, u):
         """Of <v, dx> + u dscale. With M pixels per channel and S = sum(v dx), and dx as a function of x through the
         mean, the standard deviation and xhat, d<v, dx>/dx comes to
         -1/std * (S/M xhat + mean(g xhat) * scale/std P v + mean(v xhat) * dx)."""
+        refuse_third_derivative()
         x, scale, mean, inv_std, dx, g_xhat = ctx.saved_tensors
         grad_g = grad_x = grad_scale = None
         if v is not None:
@@ -116,7 +134,8 @@ class Joined(Function):
 
     @staticmethod
     def forward(ctx, y, zero):
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # it is not changed, but a view of it could not be changed in place by others
+        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -151,7 +170,6 @@ class ConvolutionInputGradient(Function):
         return convolution_gradients(g, x, weight, stride, padding, (True, False, False))[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v):
         g, weight = ctx.saved_tensors
         grad_g = torch.conv2d(v, weight, None, *ctx.geometry)
@@ -207,9 +225,9 @@ class CenteredSoftplusBackward(Function):
         return dx, ((dx * x).sum() - (g * by).sum() / b) / b
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v, u):
         """Of <v, dx> + u db."""
+        refuse_third_derivative()
         g, x, b, by = ctx.saved_tensors
         s = torch.sigmoid(bx := b * x)
         if s.dtype == torch.float64:  # elsewhere it is 1 from 20 on by itself

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from models.functional import CenteredSoftplusFunction, ScaledBatchNorm, conv2d, without_autocast
+from models.functional import CenteredSoftplusFunction, ScaledBatchNorm, conv2d, full_precision
 
 
 class CenteredSoftplus(nn.Module):
@@ -128,9 +128,9 @@ class SpectralNormConv2d(Conv2d):
     def spectral_norm(self) -> Tensor:
         """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration.
 
-        In the weight's own precision, under autocast too.
+        In the weight's own precision, with autocast or TF32 too.
         """
-        with without_autocast(self.weight.device):
+        with full_precision(self.weight.device):
             return self._spectral_norm()
 
     def _spectral_norm(self) -> Tensor:

@@ -42,7 +42,9 @@ def build(arch: str, regularizer: str, precision: str):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("regularizer", regularizers)
-def test_an_epoch_does_not_wait_for_the_host(precision, regularizer):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_epoch_does_not_wait_for_the_host(precision, regularizer, deterministic):
+    cli.seed_everything(0, deterministic)
     model, gradients, optimizer = build("resnet18lcnn", regularizer, precision)
     data = split()
     train_epoch(model, gradients, optimizer, training_batches(data, 16, 0, 1))  # what libraries do once

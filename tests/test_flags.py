@@ -114,10 +114,11 @@ def assert_sane(code: int, errors: str, arguments: list[str]) -> None:
 
 
 thorough = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 
 
+@pytest.mark.long
 @thorough
 @given(st.sampled_from(["resnet18", "resnet18lcnn", "resnet18softplus"]), flags_of(train_models.build_parser()))
 def test_train(tmp_path_factory, arch, flags):
@@ -132,6 +133,7 @@ def test_train(tmp_path_factory, arch, flags):
         assert all(math.isfinite(value) for value in metrics.values()), flags
 
 
+@pytest.mark.long
 @thorough
 @given(flags_of(estimate_curvature.build_parser()))
 def test_estimate(tmp_path_factory, checkpoint, flags):
@@ -145,6 +147,7 @@ def test_estimate(tmp_path_factory, checkpoint, flags):
             assert all(map(math.isfinite, measurement.columns["curvature"]))
 
 
+@pytest.mark.long
 @thorough
 @given(flags_of(evaluate_robustness.build_parser()))
 def test_robustness(tmp_path_factory, checkpoint, flags):

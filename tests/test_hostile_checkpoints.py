@@ -52,6 +52,7 @@ def refusal(path: Path) -> str | None:
     return message
 
 
+@pytest.mark.long
 def test_truncated_at_every_percent(small, tmp_path):
     whole = small.read_bytes()
     for percent in range(100):
@@ -59,6 +60,7 @@ def test_truncated_at_every_percent(small, tmp_path):
         assert refusal(tmp_path / "cut.pt"), percent
 
 
+@pytest.mark.long
 def test_two_hundred_flipped_bits(small, tmp_path):
     """Every flip in a tensor or in the structure is noticed; what is let in is the same network."""
     whole = small.read_bytes()

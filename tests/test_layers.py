@@ -240,6 +240,36 @@ def test_convolution_in_training_is_torchs_in_every_derivative(kernel, stride, p
     torch.testing.assert_close(*results)
 
 
+def test_a_third_derivative_is_right_or_refused():
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    conv = Conv2d(2, 2, 3, padding=1).double()
+
+    def third(function) -> torch.Tensor:
+        (first,) = torch.autograd.grad(function(x).pow(4).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(second.square().sum(), x)[0]
+
+    plain = torch.nn.Conv2d(2, 2, 3, padding=1).double()
+    plain.load_state_dict(conv.state_dict())
+    torch.testing.assert_close(third(conv), third(plain))
+    for layer in (CenteredSoftplus().double(), BatchNorm2d(2).double(), LipschitzBatchNorm2d(2).double()):
+        with pytest.raises(RuntimeError, match="twice, not three times"):
+            third(layer)
+
+
+def test_a_convolutions_output_may_be_changed_in_place():
+    conv, x = Conv2d(3, 3, 3, padding=1).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    plain = torch.nn.Conv2d(3, 3, 3, padding=1).double()
+    plain.load_state_dict(conv.state_dict())
+    results = []
+    for layer in (conv, plain):
+        y = layer(x)
+        y += x
+        (gradient,) = torch.autograd.grad(y.mul_(2).pow(3).sum(), x, create_graph=True)
+        results.append((gradient, *torch.autograd.grad(gradient.square().sum(), [x, *layer.parameters()])))
+    torch.testing.assert_close(*results)
+
+
 def test_an_input_gradient_leaves_the_weights_gradient_out():
     """As autograd's own does: with it, a gradient-norm step would cost a seventh pass of the convolutions."""
     conv = Conv2d(3, 4, 3, padding=1)

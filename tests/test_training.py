@@ -7,7 +7,7 @@ from torch import nn
 from data.batches import Split
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
-from utils.training import build_optimizer, calibrate_batchnorm, evaluate, learning_rate
+from utils.training import build_optimizer, calibrate_batchnorm, evaluate, learning_rate, load_optimizer_state
 
 
 def test_beta_and_gamma_have_no_weight_decay_and_everything_else_has():
@@ -29,6 +29,27 @@ def test_the_schedule_is_torchs_multistep(num_epochs):
         assert learning_rate(0.1, epoch, num_epochs) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+
+
+def test_momenta_of_an_optimizer_that_was_not_fused_go_on():
+    """Older checkpoints have them laid out otherwise than the weights, which a fused optimizer would misread."""
+    torch.manual_seed(0)
+    old = nn.Conv2d(4, 3, 3)
+    new = nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last)
+    new.load_state_dict(old.state_dict())
+    optimizers = [torch.optim.SGD(old.parameters(), lr=0.1, momentum=0.9), build_optimizer(new, 0.1, 0.9, 0.0)]
+    gradients = [torch.randn_like(p) for p in old.parameters()]
+    for step in range(2):
+        for model, optimizer in zip((old, new), optimizers, strict=True):
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = torch.empty_like(p).copy_(gradient)
+            if step or model is old:
+                optimizer.step()
+        if not step:
+            load_optimizer_state(optimizers[1], optimizers[0].state_dict())
+            new.load_state_dict(old.state_dict())
+    for ours, theirs in zip(new.parameters(), old.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_one_epoch_run_trains_at_the_initial_rate():

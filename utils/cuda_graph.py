@@ -1,5 +1,6 @@
 """The gradients of a training step as one CUDA graph: its hundreds of kernels are launched by a single call."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,8 @@ from utils.errors import UserError, one_line
 
 
 class CapturedGradients:
-    """gradients(images, labels, weight), which computes a loss and calls backward, captured on its fourth call.
+    """gradients(images, labels, weight), which computes a loss and calls backward, captured on the fourth call
+    with a batch of the same shape.
 
     What it returns on a replay is overwritten by the next. The first calls run as they are, on a stream of their own:
     libraries choose their kernels and buffers then. A batch of another shape than the captured one, or with another
@@ -28,11 +30,11 @@ class CapturedGradients:
         self.stream = torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.key = None
-        self.eager_calls = 0
+        self.eager_calls: Counter = Counter()
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float) -> dict[str, Tensor]:
         key = (images.shape, images.dtype, weight)
-        if self.graph is None and self.eager_calls == self.EAGER_CALLS:
+        if self.graph is None and self.eager_calls[key] == self.EAGER_CALLS:
             self.capture(images, labels, weight)
             self.key = key
         if self.graph is not None and key == self.key:
@@ -42,7 +44,7 @@ class CapturedGradients:
             for parameter, grad in zip(self.parameters, self.grads, strict=True):
                 parameter.grad = grad
             return self.terms
-        self.eager_calls += self.graph is None
+        self.eager_calls[key] += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             terms = self.gradients(images, labels, weight)

@@ -27,8 +27,10 @@ def cross_entropy_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     The subtraction itself would leave a confident example with a few digits or with 0: in float32 p_y is 1 from a
     margin of 17 on, while the other probabilities, and h and g which are proportional to them, are still accurate.
     """
-    others = logits.softmax(dim=1).scatter(1, labels[:, None], 0.0)
-    return others.scatter(1, labels[:, None], -others.sum(dim=1, keepdim=True))
+    own = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
+    others = logits.softmax(dim=1).masked_fill(own, 0.0)
+    # not a scatter of the sums: on a GPU its deterministic version waits for the host
+    return torch.where(own, -others.sum(dim=1, keepdim=True), others)
 
 
 def cross_entropy_hessian_product(logits: Tensor, dz: Tensor) -> Tensor:

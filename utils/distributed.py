@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import UserError, one_line
+from utils.errors import UsageError, UserError, one_line
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
 # what gloo and NCCL say when another process is gone or does not answer
-LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "pair closure")
+LOST += ("remote process exited", "ncclRemoteError", "Watchdog")
 
 
 @contextmanager
@@ -30,12 +31,18 @@ def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(day
 
     Raises:
         UserError: if another process has ended, or did not answer for the timeout.
+        UsageError: if this machine's processes would share a GPU.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for what names no device: streams, graphs
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index != int(os.environ.get("LOCAL_RANK", 0)):
+        raise UsageError(
+            f"each process needs a GPU of its own, of {torch.cuda.device_count()} here; "
+            "start no more processes than that, and leave --device out"
+        )
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank() > 0 else contextlib.nullcontext():
@@ -43,9 +50,18 @@ def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(day
     except RuntimeError as error:
         if is_loss(error):
             message = f"process {rank()} of {world_size()}: another one has ended or does not answer"
-            raise UserError(f"{message} ({one_line(error)})") from error
+            error = UserError(f"{message} ({one_line(error)})")
+        leave_group()
+        raise error from None
+    except BaseException:
+        leave_group()
         raise
-    finally:
+    dist.destroy_process_group()
+
+
+def leave_group() -> None:
+    """After an error: NCCL would wait for the others here, who wait for this process; it is left to end by itself."""
+    if dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
@@ -161,10 +177,11 @@ class ComputeLoss(nn.Module):
         return self.loss.compute_loss(images, labels)
 
 
-def data_parallel(loss, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def data_parallel(loss, model: nn.Module, find_unused: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
     """loss.compute_loss; with several processes one whose backward pass averages the model's gradients over them.
 
-    The parameters and buffers of all processes become the first one's.
+    The parameters and buffers of all processes become the first one's. find_unused is for a model with parameters that
+    the loss may not depend on.
     """
     if world_size() == 1:
         return loss.compute_loss
@@ -172,5 +189,8 @@ def data_parallel(loss, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     with warnings.catch_warnings():  # newer versions of torch call broadcast_buffers forward_sync_buffers
         warnings.simplefilter("ignore", FutureWarning)
         return nn.parallel.DistributedDataParallel(
-            ComputeLoss(loss, model), broadcast_buffers=False, gradient_as_bucket_view=True
+            ComputeLoss(loss, model),
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
         )

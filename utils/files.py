@@ -32,9 +32,7 @@ def read_tensors(path: Path, kind: str, remedy: str):
         content = torch.load(path, map_location="cpu", weights_only=True)
         check_tensors(content)
         return content
-    except (
-        Exception
-    ) as error:  # a damaged file makes torch raise RuntimeError, UnpicklingError, EOFError, KeyError, ...
+    except Exception as error:  # of a damaged file torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
         readable = f"readable {kind}" if kind.endswith("s") else f"a readable {kind}"
         raise UserError(
             f"{path}: not {readable}: truncated, damaged, or not plain tensors ({type(error).__name__}); {remedy}"
@@ -88,9 +86,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save stumbles over its own end of file when a write has failed
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
         remedy = "make room, or name another place that can be written"
-        raise UserError(f"{path} could not be written ({error.strerror or error}); {remedy}") from error
+        raise UserError(f"{path} could not be written ({reason.strerror or reason}); {remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -41,6 +41,17 @@ def build_optimizer(
     return optimizer
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Go on with the momenta of a checkpoint, laid out in memory as the weights are, as a fused optimizer needs them;
+    those of older checkpoints, whose optimizer was not fused, may not be."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    for parameter, own in optimizer.state.items():
+        if own.get("momentum_buffer") is not None:
+            own["momentum_buffer"] = torch.empty_like(parameter).copy_(own["momentum_buffer"])
+
+
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     """The rate for an epoch counted from 1: initial, times 0.1 after 75 % of the epochs and again after 87.5 %.
 
@@ -61,8 +72,8 @@ class Gradients:
         ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
 
-    def __init__(self, loss: CELoss, model: nn.Module):
-        self.loss, self.compute_loss = loss, distributed.data_parallel(loss, model)
+    def __init__(self, loss: CELoss, model: nn.Module, find_unused: bool = False):
+        self.loss, self.compute_loss = loss, distributed.data_parallel(loss, model, find_unused)
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
         total = self.compute_loss(images, labels)
@@ -91,8 +102,10 @@ class FiniteSteps:
         self.step += 1
         device = self.parameters[0].device
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
-        # what a loss computed on the host is left out: to send it to the device would wait
-        terms = {name: t for name, t in terms.items() if isinstance(t, Tensor) and t.device == device}
+        # what a loss computed on the host is left out: to send it to the device would wait; and of several processes
+        # all decide alike by the gradient, which is the same on all
+        alone = distributed.world_size() == 1
+        terms = {n: t for n, t in terms.items() if alone and isinstance(t, Tensor) and t.device == device}
         terms["the gradient"] = norms.sum()
         self.names = list(terms)
         values = torch.stack([term.float() for term in terms.values()])
