@@ -306,7 +306,6 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
                 f"epoch {epoch} ended with {format_metrics(row)}; nothing of it was saved. A smaller --lr may help"
             )
         metrics.append(row | {"seconds": seconds, "images_per_second": len(data.train) / seconds})
-        print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
         if not first:
             continue
         progress_made = checkpoint | {"epoch": epoch, "metrics": metrics, "model": model.state_dict()}
@@ -316,6 +315,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
             save_checkpoint(files.checkpoint, progress_made)
             files.unfinished.unlink(missing_ok=True)
         write_csv(files.metrics, metrics)
+        print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
     if first:
         write_report(files, metrics, model)
     print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
