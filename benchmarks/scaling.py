@@ -118,7 +118,7 @@ def plot(path: Path, costs: dict[Point, Cost], curves: dict[str, list[Point]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--images", type=int, nargs="+", default=[256, 512, 1024], help="in batches of 64")
+    parser.add_argument("--images", type=int, nargs="+", default=[256, 512], help="in batches of 64")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="sharing batches of 64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", type=cli.device, default="auto")
