@@ -29,7 +29,7 @@ from utils.errors import UsageError, UserError, one_line
 from utils.files import write_csv
 from utils.outside_model import build_outside_model, is_outside
 from utils.plots import plot_training
-from utils.precision import PRECISIONS, check_precision, set_precision
+from utils.precision import PRECISIONS, check_precision, precision_of_the_process, set_precision
 from utils.progress import progress
 from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags, only_run_of
 from utils.self_check import forward
@@ -189,13 +189,15 @@ def train(flags: argparse.Namespace) -> Path:
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
     """
-    torch.set_flush_denormal(True)  # a smooth ReLU puts out many, and CPUs are slow with them
     check_flags(flags)
     flags.image_size = flags.image_size or datasets[flags.dataset].image_size
     recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
     files = RunFiles.named(flags)
     with contextlib.ExitStack() as stack:
+        torch.set_flush_denormal(True)  # a smooth ReLU puts out many, and CPUs are slow with them
+        stack.callback(torch.set_flush_denormal, False)  # what is measured later in this process needs them
+        stack.enter_context(precision_of_the_process())
         distributed.from_first(lambda: stack.enter_context(only_run_of(files)))
         return train_run(flags, files, recorded_flags)
 

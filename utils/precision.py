@@ -1,5 +1,7 @@
 """The arithmetic of training: float32, or convolutions in TF32 or bfloat16, which a GPU's tensor cores do faster."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -15,6 +17,18 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise UsageError for tf32 where there is none."""
     if precision == "tf32" and device.type != "cuda":
         raise UsageError(f"--precision tf32 is for CUDA devices, not {device.type}; give fp32 or bf16")
+
+
+@contextmanager
+def precision_of_the_process() -> Iterator[None]:
+    """Put back afterwards what ``set_precision`` changes for the whole process."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    allowed = [backend.allow_tf32 for backend in backends]
+    try:
+        yield
+    finally:
+        for backend, was in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = was
 
 
 def set_precision(model: nn.Module, precision: str, device: torch.device) -> None:
