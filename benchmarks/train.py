@@ -31,7 +31,7 @@ from train_models import build_parser  # noqa: E402
 from utils import cli  # noqa: E402
 from utils.attacks import PGD, adversarial_images  # noqa: E402
 from utils.cuda_graph import CapturedGradients  # noqa: E402
-from utils.precision import PRECISIONS, set_precision  # noqa: E402
+from utils.precision import PRECISIONS, set_precision, set_tf32  # noqa: E402
 from utils.training import Gradients, build_optimizer  # noqa: E402
 
 CLASSES, SIZE = 10, 32
@@ -96,18 +96,13 @@ def our_step(
     images, labels = batch(flags)
 
     def step() -> None:
-        set_tf32(precision)
+        set_tf32(precision)  # the variants take turns
         optimizer.zero_grad()
         at = adversarial_images(model, images, labels, PGD("l2", 0.1, 3, 0.01)) if adversarial else images
         gradients(at, labels, 1.0)
         optimizer.step()
 
     return step
-
-
-def set_tf32(precision: str) -> None:
-    """The switches are the process's, and the variants take turns."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def convolutions(arch: str, flags: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], float]:

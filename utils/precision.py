@@ -37,9 +37,14 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> Non
     tf32: matrix products and convolutions read their float32 inputs to 10 bits. bf16: autocast of the model's forward
     wherever gradients are taken; spectral norms and what is evaluated without gradients stay in float32.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    set_tf32(precision)
     if precision == "bf16":
         autocast_to_bfloat16(model, device.type)
+
+
+def set_tf32(precision: str) -> None:
+    """The part of ``set_precision`` that is the process's, not the model's."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
