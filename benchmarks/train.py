@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import textbook  # noqa: E402
 from benchmarks.measure import PeakMemory, interleaved  # noqa: E402
+from experiments import compare_methods  # noqa: E402
 from models.model_selector import model_architecture  # noqa: E402
 from regularized_loss import regularizers  # noqa: E402
 from train_models import build_parser  # noqa: E402
@@ -46,14 +47,11 @@ PASSES_OF = {
     "cure": "cure",
 }
 # the rows of the paper's Table 1: architecture, regularizer, adversarial training
+DEFAULTS = compare_methods.build_parser().parse_args([])
 METHODS = {
-    "Standard": ("resnet18", "none", False),
-    "LCNN": ("resnet18lcnn", "curvature", False),
-    "GradReg": ("resnet18", "gnorm", False),
-    "LCNN + GradReg": ("resnet18lcnn", "curvature_and_gnorm", False),
-    "CURE": ("resnet18", "cure", False),
-    "Softplus + weight decay": ("resnet18lowbeta", "none", False),
-    "Adversarial training": ("resnet18", "none", True),
+    method.title: (flags.model_arch, flags.regularizer, flags.adversarial_training)
+    for name, method in compare_methods.METHODS.items()
+    for flags in [compare_methods.training_flags(DEFAULTS, name)]
 }
 STEPS_FOR_MEMORY = 2
 
@@ -169,7 +167,7 @@ def compare_with_textbook(arch: str, flags: argparse.Namespace) -> None:
         )
 
 
-def compare_methods(flags: argparse.Namespace) -> None:
+def compare_costs(flags: argparse.Namespace) -> None:
     steps = {name: our_step(arch, loss, flags, attack) for name, (arch, loss, attack) in METHODS.items()}
     alone, _ = convolutions("resnet18", flags)
     seconds = interleaved(steps | alone, flags.rounds)
@@ -271,7 +269,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, batches of {flags.batch_size}, {flags.rounds} rounds")
     for arch in flags.archs:
         compare_with_textbook(arch, flags)
-    compare_methods(flags)
+    compare_costs(flags)
     compare_precisions(flags)
 
 

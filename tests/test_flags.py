@@ -113,6 +113,15 @@ def assert_sane(code: int, errors: str, arguments: list[str]) -> None:
     assert "Traceback" not in errors
 
 
+def assert_measured(script, flags: list[str], checkpoint, output) -> bool:
+    """Whether the script examined the checkpoint; it has then written its output, and otherwise nothing."""
+    fixed = ["--model-filename", str(checkpoint), "--device", "cpu", "--output", str(output)]
+    code, _, errors = call(script, [*flags, *fixed])
+    assert_sane(code, errors, flags)
+    assert output.exists() == (code == 0)
+    return code == 0
+
+
 thorough = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
@@ -138,11 +147,7 @@ def test_train(tmp_path_factory, arch, flags):
 @given(flags_of(estimate_curvature.build_parser()))
 def test_estimate(tmp_path_factory, checkpoint, flags):
     output = tmp_path_factory.mktemp("out") / "c.csv"
-    fixed = ["--model-filename", str(checkpoint), "--device", "cpu", "--num-power-iter", "2", "--output", str(output)]
-    code, _, errors = call(estimate_curvature, [*flags, *fixed])
-    assert_sane(code, errors, flags)
-    assert output.exists() == (code == 0)
-    if code == 0:
+    if assert_measured(estimate_curvature, [*flags, "--num-power-iter", "2"], checkpoint, output):
         for measurement in read_measurements(output):
             assert all(map(math.isfinite, measurement.columns["curvature"]))
 
@@ -152,10 +157,7 @@ def test_estimate(tmp_path_factory, checkpoint, flags):
 @given(flags_of(evaluate_robustness.build_parser()))
 def test_robustness(tmp_path_factory, checkpoint, flags):
     output = tmp_path_factory.mktemp("out") / "r.csv"
-    fixed = ["--model-filename", str(checkpoint), "--device", "cpu", "--pgd-steps", "1", "--output", str(output)]
-    code, _, errors = call(evaluate_robustness, [*flags, *fixed])
-    assert_sane(code, errors, flags)
-    assert output.exists() == (code == 0)
+    assert_measured(evaluate_robustness, [*flags, "--pgd-steps", "1"], checkpoint, output)
 
 
 @pytest.mark.parametrize(
