@@ -32,18 +32,31 @@ class ImageData:
         return ImageData(self.train.to(device), self.test.to(device), self.class_names, self.flip)
 
 
+def check_room(count: int, size: int) -> None:
+    """Raise UserError if so many images of size x size are more than the machine's memory: all are kept there."""
+    needed, there = count * 3 * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{count} images of {size} x {size} take {needed / 2**30:.3g} GiB, and this machine has "
+            f"{there / 2**30:.3g} GiB of memory; give a smaller --image-size"
+        )
+
+
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(n, 3, H, W) uint8 -> (n, 3, size, size) uint8, bilinear with antialiasing; unchanged where the size is right."""
+    """(n, 3, H, W) uint8 -> (n, 3, size, size) uint8, bilinear with antialiasing; unchanged where the size is right.
+
+    Raises:
+        UserError: if the machine has not that much memory.
+    """
     if images.shape[-2:] == (size, size):
         return images
-    chunks = [
-        F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
-        .round()
-        .clamp(0, 255)
-        .byte()
-        for chunk in images.split(1000)
-    ]
-    return torch.cat(chunks)
+    check_room(len(images), size)
+    resized = images.new_empty(len(images), 3, size, size)
+    at_once = max(1, 2**22 // size**2)  # in float32 they take four times as much
+    for chunk, place in zip(images.split(at_once), resized.split(at_once), strict=True):
+        values = F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        place.copy_(values.round_().clamp_(0, 255))
+    return resized
 
 
 def as_split(images: np.ndarray, labels, size: int) -> Split:
@@ -160,6 +173,7 @@ def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
             folder = ImageFolder(str(root), loader=read_image)
         except (FileNotFoundError, OSError) as error:
             raise UserError(f"imagefolder: {' '.join(str(error).split())}") from error
+        check_room(len(folder), size)
         images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
         samples = progress(folder.samples, f"reading {root}", len(folder), "images")
         for i, (path, _) in enumerate(samples):

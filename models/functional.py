@@ -44,7 +44,7 @@ class ScaledBatchNorm(Function):
     """y = scale * xhat, xhat = (x - mean) / sqrt(var + eps) with the batch's own mean and variance per channel.
 
     x and y are (N, C, H, W), scale is a scalar tensor; the running statistics are updated as BatchNorm does. Can be
-    differentiated twice, as can CenteredSoftplusFunction.
+    differentiated twice.
     """
 
     @staticmethod
@@ -200,8 +200,17 @@ class ConvolutionOfWeight(Function):
         return dweight, dbias, None, None, None, None
 
 
-class CenteredSoftplusFunction(Function):
-    """y = (softplus(b x) - log 2) / b elementwise, b a scalar tensor; softplus is the identity above 20."""
+def centered_softplus(x: Tensor, b: Tensor) -> Tensor:
+    """(softplus(b x) - log 2) / b elementwise, b a scalar tensor; can be differentiated twice.
+
+    softplus is the identity above 20. In two functions and one to join them, as the convolution is: the input gradient
+    of a penalty then does without b's, which takes two passes over the activations.
+    """
+    return Joined.apply(SoftplusOfInput.apply(x, b), SoftplusOfSharpness.apply(b, [x]))
+
+
+class SoftplusOfInput(Function):
+    """The centered softplus; when its gradient is to be differentiated itself, as a function of x alone."""
 
     @staticmethod
     def forward(ctx, x, b):
@@ -211,36 +220,52 @@ class CenteredSoftplusFunction(Function):
 
     @staticmethod
     def backward(ctx, g):
-        return CenteredSoftplusBackward.apply(g, *ctx.saved_tensors)
-
-
-class CenteredSoftplusBackward(Function):
-    """(g, x, b) -> dx = g s and db = <g, x s - y> / b, with s = sigmoid(b x); b y is given, too."""
-
-    @staticmethod
-    def forward(ctx, g, x, b, by):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, x, b, by)
-        dx = torch.ops.aten.softplus_backward(g, b * x, 1, 20)
+        x, b, by = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return SoftplusInputGradient.apply(g, x, b), None
+        dx = SoftplusInputGradient.value(g, x, b)
         return dx, ((dx * x).sum() - (g * by).sum() / b) / b
 
+
+class SoftplusInputGradient(Function):
+    """(g, x, b) -> dx = g s with s = sigmoid(b x)."""
+
     @staticmethod
-    def backward(ctx, v, u):
-        """Of <v, dx> + u db."""
+    def value(g, x, b):
+        return torch.ops.aten.softplus_backward(g, b * x, 1, 20)
+
+    @staticmethod
+    def forward(ctx, g, x, b):
+        ctx.save_for_backward(g, x, b)
+        return SoftplusInputGradient.value(g, x, b)
+
+    @staticmethod
+    def backward(ctx, v):
         refuse_third_derivative()
-        g, x, b, by = ctx.saved_tensors
+        g, x, b = ctx.saved_tensors
         s = torch.sigmoid(bx := b * x)
         if s.dtype == torch.float64:  # elsewhere it is 1 from 20 on by itself
             s.masked_fill_(bx > 20, 1)
-        grad_g = grad_x = grad_b = None
-        if v is not None:
-            grad_g = v * s
-            grad_x = torch.ops.aten.sigmoid_backward(g * v, s).mul_(b)  # g v s (1 - s) b
-            grad_b = (grad_x * x).sum() / b
-        if u is not None:
-            dy_db, curved = (x * s - by / b) / b, x * s * (1 - s)
-            grad_g = u * dy_db if grad_g is None else grad_g + u * dy_db
-            grad_x = u * g * curved if grad_x is None else grad_x + u * g * curved
-            term = u * (g * (x * curved - 2 * dy_db)).sum() / b
-            grad_b = term if grad_b is None else grad_b + term
-        return grad_g, grad_x, grad_b, None
+        grad_x = torch.ops.aten.sigmoid_backward(g * v, s).mul_(b)  # g v s (1 - s) b
+        return v * s, grad_x, (grad_x * x).sum() / b
+
+
+class SoftplusOfSharpness(Function):
+    """Zero, with b's gradient where the centered softplus's is to be differentiated, by autograd itself.
+
+    x comes in a list: as an argument it would put this on the way from the output to x.
+    """
+
+    @staticmethod
+    def forward(ctx, b, in_list):
+        (x,) = in_list
+        ctx.save_for_backward(b, x)
+        return b.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        if not torch.is_grad_enabled():
+            return None, None
+        b, x = ctx.saved_tensors
+        y = (F.softplus(b * x) - math.log(2)) / b
+        return torch.autograd.grad(y, b, g, create_graph=True)[0], None

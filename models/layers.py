@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from models.functional import CenteredSoftplusFunction, ScaledBatchNorm, conv2d, full_precision
+from models.functional import ScaledBatchNorm, centered_softplus, conv2d, full_precision
 
 
 class CenteredSoftplus(nn.Module):
@@ -51,7 +51,7 @@ class CenteredSoftplus(nn.Module):
         b = self.beta + self.BETA_OFFSET
         x = x.to(b.dtype)  # under autocast convolutions put out half the bits; softplus(b x) - log 2 needs all of them
         if self.training:  # the same, and cheaper to differentiate twice
-            return CenteredSoftplusFunction.apply(x, b)
+            return centered_softplus(x, b)
         return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
 
 
@@ -146,7 +146,9 @@ class SpectralNormConv2d(Conv2d):
         return (u * conv_v).sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight / self.spectral_norm().clamp_min(self.EPS), self.bias)
+        sigma = self.spectral_norm().clamp_min(self.EPS)
+        # not weight / sigma, whose derivative takes twice as many passes over the weights
+        return self._conv_forward(x, self.weight * (1 / sigma), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input_size={self.input_size}"

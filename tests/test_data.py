@@ -10,7 +10,7 @@ from conftest import write_cifar
 from PIL import Image
 
 from data.batches import Split, batches, random_crop_and_flip, to_pixels, training_batches
-from data.datasets import load_dataset
+from data.datasets import load_dataset, resize
 from utils.errors import UserError
 
 
@@ -182,3 +182,16 @@ def test_svhn_through_torchvision(tmp_path, monkeypatch):
     data = load_dataset("svhn", tmp_path)
     assert data.test.labels.tolist() == [0, 1, 2, 9]  # SVHN writes 0 as 10
     assert torch.equal(data.train.images, torch.from_numpy(images["train"].transpose(3, 2, 0, 1).copy()))
+
+
+def test_resizing_in_parts_is_resizing_at_once():
+    images = split_of(300, 8).images
+    whole = torch.nn.functional.interpolate(images.float(), (256, 256), mode="bilinear", antialias=True)
+    assert torch.equal(resize(images, 256), whole.round().clamp(0, 255).byte())
+    assert resize(images, 8) is images
+
+
+@pytest.mark.parametrize("name", ["digits", "imagefolder"])
+def test_images_larger_than_the_machines_memory_are_refused(name, photographs):
+    with pytest.raises(UserError, match=r"images of 1048576 x 1048576 take .* GiB, .* smaller --image-size"):
+        load_dataset(name, photographs, 2**20)

@@ -158,5 +158,27 @@ def test_a_view_that_is_larger_than_its_storage(tmp_path):
     assert refusal(tmp_path / "view.pt")
 
 
+@pytest.mark.parametrize("size", [2048, 16 * 10**6])
+def test_an_image_size_that_would_take_buffers_the_file_does_not_have(size, tmp_path):
+    state = model_architecture["vgg11lcnn"](10, 16).state_dict()
+    checkpoint = contents(state, model_arch="vgg11lcnn", image_size=size)
+    save_checkpoint(tmp_path / "size.pt", checkpoint)
+    assert "do not fit" in refusal(tmp_path / "size.pt")
+
+
+def test_weights_of_any_layout_and_precision_are_taken(tmp_path):
+    model = model_architecture["vgg11lcnn"](10, 16).to(memory_format=torch.channels_last).eval()
+    state = model.state_dict() | {"classifier.bias": model.classifier.bias.detach().double()}
+    save_checkpoint(tmp_path / "mixed.pt", contents(state, model_arch="vgg11lcnn"))
+    loaded = load_model(tmp_path / "mixed.pt")
+    for (name, tensor), own in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert tensor.dtype == (torch.float64 if own.is_floating_point() else own.dtype), name
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, own.to(tensor.dtype))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(loaded(x), model.double()(x))
+
+
 def test_weights_that_are_fine_are_taken(small, tmp_path):
     assert refusal(small) is None

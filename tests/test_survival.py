@@ -1,5 +1,6 @@
 """Runs that are killed, that find no room, that go wrong, or that are not alone; and runs that are repeated."""
 
+import ctypes
 import errno
 import os
 import re
@@ -125,6 +126,56 @@ def test_no_room_at_all(small_run, monkeypatch, capsys):
     assert path.read_bytes() == b"old"
 
 
+def without_roots_privilege() -> None:
+    """In a child process: give up root's right to write what its permissions forbid."""
+    drop_from_bounding_set, override_permissions = 24, 1  # prctl.h, capability.h
+    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(drop_from_bounding_set, override_permissions, 0, 0, 0):
+        raise OSError("root's privilege cannot be given up here")
+
+
+def start_in(folder, flags, until: str, **more) -> subprocess.Popen:
+    """A run that has printed a line which starts so."""
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_models.py"), *map(str, flags)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+    if not any(line.startswith(until) for line in run.stdout):
+        pytest.fail(run.communicate()[1])
+    return run
+
+
+def test_a_folder_that_becomes_read_only(small_run):
+    flags, folder = small_run
+    place = folder / "run"
+    flags += ["--num-epochs", 100_000, "--output-dir", place]
+    first = start_in(folder, flags, "epoch 1/", preexec_fn=without_roots_privilege)
+    try:
+        place.chmod(0o555)
+        _, errors = first.communicate(timeout=60)
+        stopped = subprocess.CompletedProcess(flags, first.returncode, "", errors)
+        assert_one_line_error(stopped, 1, "could not be written (Permission denied)", "another place")
+        last = read_checkpoint(place / f"{NAME}.unfinished.pt")["epoch"]
+        again = train_in(folder, *flags, "--resume", preexec_fn=without_roots_privilege)
+        assert_one_line_error(again, 1, "cannot be written (Permission denied)", "another place")
+        for script in ("estimate_curvature.py", "evaluate_robustness.py"):
+            command = [sys.executable, ROOT / script, "--model-filename", place / f"{NAME}.unfinished.pt"]
+            command += ["--model-arch", "small_net:make", "--output", place / "out.csv"]
+            result = subprocess.run(
+                list(map(str, command)), cwd=folder, capture_output=True, text=True, preexec_fn=without_roots_privilege
+            )
+            assert_one_line_error(result, 1, "out.csv cannot be written", "another place")
+    finally:
+        first.kill()
+        place.chmod(0o755)
+    resumed = start_in(folder, [*flags, "--resume"], f"epoch {last + 1}/")
+    resumed.kill()
+    resumed.communicate()
+
+
 class GoesBad(CELoss):
     """From the fourth step on nan, as a term of its own."""
 
@@ -175,15 +226,8 @@ def test_two_runs_at_once(small_run, monkeypatch, capsys):
     flags, folder = small_run
     monkeypatch.chdir(folder)
     flags += ["--output-dir", folder / "run"]
-    first = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_models.py"), *map(str, flags), "--num-epochs", "100000"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    first = start_in(folder, [*flags, "--num-epochs", 100_000], "epoch 1/")
     try:
-        next(line for line in first.stdout if line.startswith("epoch 1/"))
         for more in (["--resume"], ["--overwrite"], []):
             second = run_main(train_models, [*flags, "--num-epochs", 100000, *more], capsys)
             assert_one_line_error(second, 1, "another process is training", "--output-dir")

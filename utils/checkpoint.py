@@ -114,7 +114,8 @@ def build_model(checkpoint: dict, path: str | Path, model_arch: str | None = Non
         model = build_outside_model(arch, None, num_classes, image_size if checkpoint.get("lcnn") else None, quiet=True)
     elif arch in model_architecture:
         try:
-            model = model_architecture[arch](num_classes, image_size)
+            with torch.device("meta"):  # sizes that the weights turn out not to have take no memory
+                model = model_architecture[arch](num_classes, image_size)
         except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: its image size {image_size} and {num_classes} classes do not fit a {arch} ({one_line(error)})"

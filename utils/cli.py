@@ -187,11 +187,11 @@ def run(
     except UserError as error:
         message, code = str(error), error.exit_code
     except torch.OutOfMemoryError as error:
-        message, code = f"out of memory ({str(error).splitlines()[0]}); try a smaller --batch-size", 1
+        message, code = f"out of memory ({str(error).splitlines()[0]}); try a smaller --batch-size or --image-size", 1
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # how torch says it on a CPU
             raise
-        message, code = "out of memory; try a smaller --batch-size", 1
+        message, code = "out of memory; try a smaller --batch-size or --image-size", 1
     except OSError as error:
         message, code = str(error), 1
     except KeyboardInterrupt as stop:

@@ -1,5 +1,6 @@
 """Files that are never half-written, and that are read with suspicion."""
 
+import contextlib
 import csv
 import glob
 import io
@@ -94,7 +95,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         remedy = "make room, or name another place that can be written"
         raise UserError(f"{path} could not be written ({reason.strerror or reason}); {remedy}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as above
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path, process: str) -> str:

@@ -123,6 +123,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy a state_dict into the model, whose floating point dtype becomes the state_dict's (its widest).
 
+    A model on the "meta" device takes over the state_dict's tensors themselves.
+
     Raises:
         RuntimeError, TypeError: if a key is missing, left over, or has another shape or an impossible dtype.
     """
@@ -132,9 +134,12 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
         if key in state and isinstance(own, Tensor) and own.is_floating_point() != state[key].is_floating_point():
             raise TypeError(f"{key} is of {state[key].dtype}")
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-    if dtypes:
-        model.to(functools.reduce(torch.promote_types, dtypes))
-    model.load_state_dict(state)
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(state, assign=True)
+        model.to(dtype=dtype, memory_format=torch.contiguous_format)
+    else:
+        model.to(dtype=dtype).load_state_dict(state)
 
 
 def as_low_curvature(model: nn.Module, name: str, image_size: int, quiet: bool) -> nn.Module:

@@ -4,13 +4,13 @@ import argparse
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.datasets import ImageData
 from utils.errors import UsageError, UserError
-from utils.files import remove_leftovers
+from utils.files import make_room, remove_leftovers
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
 MACHINE_FLAGS = {"device", "cuda_graph", "output_dir", "download", "resume", "overwrite"}
@@ -86,9 +86,11 @@ def only_run_of(files: RunFiles) -> Iterator[None]:
     try:
         for file in (files.checkpoint, files.unfinished, files.metrics, files.picture):
             remove_leftovers(file)
+        make_room(files.checkpoint)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may not be writable any more; what went wrong then is said by others
+            path.unlink(missing_ok=True)
         lock.close()
 
 
