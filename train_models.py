@@ -329,13 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def command(flags: argparse.Namespace) -> None:
-        try:
-            with distributed.process_group(flags.device, timeout=timedelta(minutes=30)):
+        with distributed.process_group(flags.device, timeout=timedelta(minutes=30)):
+            try:
                 train(flags)
-        except KeyboardInterrupt:
-            again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
-            print(f"\nto go on after the last finished epoch: python train_models.py {shlex.join(again)} --resume")
-            raise
+            except KeyboardInterrupt:
+                again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+                print(f"\nto go on after the last finished epoch: python train_models.py {shlex.join(again)} --resume")
+                raise
 
     return cli.run(build_parser(), command, arguments)
 

@@ -10,11 +10,10 @@ above the model and its images, on a CPU in a process of its own.
 """
 
 import argparse
-import contextlib
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -201,21 +200,13 @@ def compare_precisions(flags: argparse.Namespace) -> None:
 
 def deterministically(step: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        with deterministic_algorithms():
-            step()
+        benchmark = torch.backends.cudnn.benchmark
+        cli.seed_everything(0, strong_determinism=True)
+        step()
+        torch.set_deterministic_debug_mode("default")  # the variants take turns
+        torch.backends.cudnn.benchmark = benchmark
 
     return run
-
-
-@contextlib.contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    benchmark = torch.backends.cudnn.benchmark
-    cli.seed_everything(0, True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = benchmark
 
 
 def gradient_errors(arch: str, loss: str, precisions: list[str], flags: argparse.Namespace) -> list[float]:

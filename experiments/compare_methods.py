@@ -193,7 +193,7 @@ def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> No
         return
     training = training_flags(flags, method, "--prng-seed", str(seed), "--output-dir", str(run.folder), "--resume")
     where = ["--model-filename", str(train_models.train(training)), "--data-dir", training.data_dir]
-    torch.use_deterministic_algorithms(False)  # as the other scripts have it, where training has set it
+    torch.set_deterministic_debug_mode("default")  # as the other scripts have it, where training has set it
     if not run.curvature.exists():
         # written after each split: it gets its name when it is whole
         unfinished = run.curvature.with_name("curvature.unfinished.csv")

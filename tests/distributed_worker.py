@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import train_models
 from data.batches import Split, training_batches
-from models.layers import LCNN
-from models.resnet import ResNet
+from models import model_selector
+from models.layers import LCNN, conv_norm
+from models.resnet import ResidualBlock, ResNet
 from regularized_loss import regularizers
 from utils import distributed
 from utils.training import Gradients
@@ -19,12 +22,24 @@ from utils.training import Gradients
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
 
 
+class TwoBlocks(ResNet):
+    """A low-curvature ResNet of a few channels."""
+
+    def __init__(self, num_classes: int, input_size: int):
+        nn.Module.__init__(self)
+        self.stem = conv_norm(LCNN, 3, 8, 3, padding=1, bias=False, input_size=input_size)
+        self.activation = LCNN.activation()
+        blocks = [ResidualBlock(LCNN, 8, 8, 1, input_size), ResidualBlock(LCNN, 8, 16, 2, input_size)]
+        self.stages = nn.Sequential(nn.Sequential(*blocks))
+        self.classifier = spectral_norm(nn.Linear(16, num_classes))
+
+
 def gradients_of_every_loss(path: str) -> None:
     """Save to ``path``, by regularizer and batch, the gradients of batches of 7 and 2 examples in float64 in eval."""
     torch.manual_seed(0)
-    model = ResNet(LCNN, (1, 0, 0, 0), num_classes=4, input_size=8).double()
+    model = TwoBlocks(num_classes=4, input_size=8).double()
     for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d):
             m.running_var.uniform_(0.5, 2)
             m.running_mean.normal_()
     images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
@@ -44,8 +59,8 @@ def gradients_of_every_loss(path: str) -> None:
 
 
 def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
-    """Train as the command line does; after each epoch's steps append a digest of the network's state to
-    folder/rank, and after ``stop_after`` epochs be interrupted."""
+    """Train TwoBlocks as the command line trains a resnet18lcnn; after each epoch's steps append a digest of the
+    network's state to folder/rank, and after ``stop_after`` epochs be interrupted."""
     evaluate, epochs = train_models.evaluate, 0
 
     def digest(model, split):
@@ -59,6 +74,7 @@ def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
         return evaluate(model, split)
 
     train_models.evaluate = digest
+    model_selector.model_architecture["resnet18lcnn"] = TwoBlocks
     return train_models.main(arguments)
 
 

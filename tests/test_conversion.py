@@ -673,7 +673,13 @@ def test_our_own_standard_network_becomes_low_curvature():
 
 
 @pytest.mark.parametrize(
-    ("name", "n"), [("resnet18", 8), ("mobilenet_v3_small", 8), ("vgg11_bn", 4), ("convnext_tiny", 2)]
+    ("name", "n"),
+    [
+        ("resnet18", 8),
+        ("mobilenet_v3_small", 8),
+        ("convnext_tiny", 2),
+        pytest.param("vgg11_bn", 4, marks=pytest.mark.long),  # 130 million weights
+    ],
 )
 def test_torchvisions_networks_train_and_are_measured(name, n):
     x, labels = images(32, n=n), torch.arange(n)

@@ -24,7 +24,7 @@ CUDA = torch.device("cuda")
 def _restore_precision():
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def split() -> Split:

@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_one_line_error, run_main
 
+import train_models
 from utils.checkpoint import read_checkpoint
 
 WORKER = ROOT / "tests" / "distributed_worker.py"
@@ -22,20 +23,34 @@ def environment(**more) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in more.items()}
 
 
-def launch(processes: int, *arguments, check: int | None = 0, **variables) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=TIMEOUT)
-    assert check is None or result.returncode == check, result.stdout + result.stderr
-    return result
+def launch(processes: int, *arguments, **variables) -> list[subprocess.Popen]:
+    """Processes that find each other as torchrun's do, which would take another import of torch to start them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        group = {"WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": probe.getsockname()[1]}
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(command, env=environment(**group, RANK=rank, **variables), **pipes)
+        for rank in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """What each process printed, once all have ended."""
+    try:
+        written = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any("Traceback" in errors for _, errors in written), written
+    return [output for output, _ in written]
 
 
 def test_gradients_of_every_loss_are_those_of_one_process(tmp_path):
     """A batch of 7, and one of 2, in which one of three processes has no example of its own."""
     for processes in (1, 2, 3):
-        launch(processes, WORKER, "gradients", tmp_path / f"{processes}.pt")
+        finish(launch(processes, WORKER, "gradients", tmp_path / f"{processes}.pt"))
     one, two, three = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2, 3))
     assert len(one) == 12
     for name, gradients in one.items():
@@ -58,35 +73,23 @@ def test_every_process_has_the_same_network_and_a_run_goes_on_with_another_numbe
     for epochs, processes in ((1, 2), (2, 3)):
         digests = tmp_path / str(processes)
         digests.mkdir()
-        result = launch(processes, WORKER, "train", *flags, "--resume", DIGESTS=digests, STOP_AFTER=1, check=None)
+        group = launch(processes, WORKER, "train", *flags, "--resume", DIGESTS=digests, STOP_AFTER=1)
+        first, *others = finish(group)
         own = [(digests / str(rank)).read_text().splitlines() for rank in range(processes)]
-        assert len(own[0]) == (2 if epochs == 1 else 1), result.stderr  # the epoch it was stopped in, too
+        assert len(own[0]) == (2 if epochs == 1 else 1)  # the epoch it was stopped in, too
         assert all(digest == own[0] for digest in own)
         metrics = list(csv.DictReader((tmp_path / "run" / f"{name.name}_metrics.csv").open()))
         assert [int(row["epoch"]) for row in metrics] == list(range(1, epochs + 1))
-        assert f"epoch {epochs}/2" in result.stdout
-        assert result.stdout.count("with CurvatureAndGradientRegularizedLoss") == 1  # one process speaks
-    assert result.returncode == 0
+        assert f"epoch {epochs}/2" in first
+        assert others == [""] * (processes - 1)  # one process speaks
+    assert [process.returncode for process in group] == [0, 0, 0]
     assert read_checkpoint(f"{name}.pt")["epoch"] == 2
 
 
 def test_a_killed_process_ends_the_others_with_a_message(photographs, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     flags = training_flags(photographs, tmp_path)
     flags[flags.index("--num-epochs") + 1] = 100_000
-    command = [sys.executable, str(ROOT / "train_models.py"), *map(str, flags)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = launch(2, ROOT / "train_models.py", *flags)
     try:
         started = time.monotonic()
         for line in processes[0].stdout:
@@ -108,13 +111,15 @@ def test_a_killed_process_ends_the_others_with_a_message(photographs, tmp_path):
 def test_a_refused_run_is_refused_once(photographs, tmp_path):
     flags = training_flags(photographs, tmp_path)
     (tmp_path / "resnet18lcnn_curvature_and_gnorm_imagefolder.pt").write_bytes(b"")
-    result = launch(2, ROOT / "train_models.py", *flags, check=1)  # torchrun's own code
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, ROOT / "train_models.py", *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
+    assert result.returncode == 1  # torchrun's own code
     assert result.stderr.count("train_models.py: error:") == 1
     assert "--overwrite" in result.stderr
 
 
 @pytest.mark.parametrize("flag", ["--cuda-graph", "--precision=tf32"])
-def test_what_needs_a_gpu_is_refused_without_one(photographs, tmp_path, flag):
-    result = launch(1, ROOT / "train_models.py", *training_flags(photographs, tmp_path), flag, check=2)
-    assert "CUDA device" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_what_needs_a_gpu_is_refused_without_one(photographs, tmp_path, flag, capsys):
+    result = run_main(train_models, [*training_flags(photographs, tmp_path), flag], capsys)
+    assert_one_line_error(result, 2, "CUDA device")

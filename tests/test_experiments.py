@@ -221,6 +221,7 @@ def test_the_rows_of_table_1_and_quick():
     assert compare_methods.curvature_flags(flags).num_samples == 7
 
 
+@pytest.mark.long
 def test_two_moons_are_told_apart_as_well_with_less_curvature(tmp_path, capsys):
     path = tmp_path / "moons.png"
     assert run_main(two_moons, ["--output", path], capsys).returncode == 0

@@ -243,6 +243,7 @@ def test_two_runs_at_once(small_run, monkeypatch, capsys):
     assert not list((folder / "run").glob(".*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_gives_the_same_bits(photographs, tmp_path, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))

@@ -143,7 +143,8 @@ def add_shared_flags(parser: argparse.ArgumentParser):
 def seed_everything(seed: int, strong_determinism: bool) -> None:
     """Seed torch's generators; with strong_determinism also forbid operations whose result can differ between runs."""
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(strong_determinism)
+    # what use_deterministic_algorithms does, without its import of torch's compiler, which takes seconds
+    torch.set_deterministic_debug_mode("error" if strong_determinism else "default")
     if strong_determinism:
         # cuBLAS reads it when it starts: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
