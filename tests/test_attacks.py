@@ -199,7 +199,7 @@ def test_refuses_attacks_that_make_no_sense(arguments, message):
         PGD(*arguments)
 
 
-@pytest.mark.parametrize(("norm", "classes"), [("l2", 4), ("linf", 2)])
+@pytest.mark.parametrize(("norm", "classes"), [pytest.param("l2", 4, marks=pytest.mark.long), ("linf", 2)])
 def test_autoattack_finds_exactly_those_of_a_linear_model_that_can_be_fooled(norm, classes):
     """The distance to the nearest other class is known; eps is a little more than that for two, less for the rest."""
     model = linear(classes, 36).float()

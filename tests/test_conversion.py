@@ -677,7 +677,7 @@ def test_our_own_standard_network_becomes_low_curvature():
     [
         ("resnet18", 8),
         ("mobilenet_v3_small", 8),
-        ("convnext_tiny", 2),
+        pytest.param("convnext_tiny", 2, marks=pytest.mark.long),
         pytest.param("vgg11_bn", 4, marks=pytest.mark.long),  # 130 million weights
     ],
 )

@@ -70,6 +70,7 @@ def comparison(photographs, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_what_a_finished_comparison_leaves(comparison):
     rows = read_rows(comparison / "table.csv")
     assert [(row["method"], row["split"]) for row in rows] == [
@@ -88,6 +89,7 @@ def test_what_a_finished_comparison_leaves(comparison):
     assert not [path for path in comparison.rglob("*unfinished*") if not path.name.startswith(".")]
 
 
+@pytest.mark.long
 def test_the_tables_numbers_are_those_of_the_runs_files(comparison, tmp_path):
     """Against numpy on the rows of the per-example files; a second seed is made of the first's, with other numbers."""
     folder = shutil.copytree(comparison, tmp_path / "comparison")
@@ -153,6 +155,7 @@ def test_the_tables_numbers_are_those_of_the_runs_files(comparison, tmp_path):
         assert found["loss", "0.1"] == pytest.approx(stability, rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -172,6 +175,7 @@ def test_other_settings_are_refused_in_one_line(comparison, photographs, flags, 
     assert contents(comparison) == before
 
 
+@pytest.mark.long
 def test_other_data_are_refused_and_moved_data_are_not(comparison, photographs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(two_moons, "STEPS", 1)  # that picture is made anew
     moved = shutil.copytree(photographs, tmp_path / "moved")

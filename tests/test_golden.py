@@ -169,6 +169,7 @@ def test_curvature_without_folding(reference):
     assert (plain.hessian_norm.numpy() <= np.abs(golden["hessian_top_eigenvalue"][:1]) * (1 + 1e-6)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["vgg11lcnn"], indirect=True)
 def test_converged_curvature_without_folding(reference):
     _, golden, _, x, y, paths = reference

@@ -163,7 +163,7 @@ def checkpoint(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
     flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 6]
     flags += ["--model-arch", "vgg11", "--batch-size", 8, "--lr", 0.02, "--bn-momentum", 0.5]
-    run_script("train_models.py", *flags, "--output-dir", folder)
+    assert train_models.main([*map(str, flags), "--output-dir", str(folder)]) == 0
     return folder / "vgg11_imagefolder.pt"
 
 

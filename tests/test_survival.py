@@ -159,21 +159,18 @@ def test_a_folder_that_becomes_read_only(small_run):
         stopped = subprocess.CompletedProcess(flags, first.returncode, "", errors)
         assert_one_line_error(stopped, 1, "could not be written (Permission denied)", "another place")
         last = read_checkpoint(place / f"{NAME}.unfinished.pt")["epoch"]
+        assert last >= 1
         again = train_in(folder, *flags, "--resume", preexec_fn=without_roots_privilege)
         assert_one_line_error(again, 1, "cannot be written (Permission denied)", "another place")
-        for script in ("estimate_curvature.py", "evaluate_robustness.py"):
-            command = [sys.executable, ROOT / script, "--model-filename", place / f"{NAME}.unfinished.pt"]
-            command += ["--model-arch", "small_net:make", "--output", place / "out.csv"]
-            result = subprocess.run(
-                list(map(str, command)), cwd=folder, capture_output=True, text=True, preexec_fn=without_roots_privilege
-            )
-            assert_one_line_error(result, 1, "out.csv cannot be written", "another place")
+        command = [sys.executable, ROOT / "estimate_curvature.py", "--model-filename", place / f"{NAME}.unfinished.pt"]
+        command += ["--model-arch", "small_net:make", "--output", place / "out.csv"]
+        measured = subprocess.run(
+            list(map(str, command)), cwd=folder, capture_output=True, text=True, preexec_fn=without_roots_privilege
+        )
+        assert_one_line_error(measured, 1, "out.csv cannot be written (Permission denied)", "another place")
     finally:
         first.kill()
         place.chmod(0o755)
-    resumed = start_in(folder, [*flags, "--resume"], f"epoch {last + 1}/")
-    resumed.kill()
-    resumed.communicate()
 
 
 class GoesBad(CELoss):
@@ -257,7 +254,7 @@ def test_the_same_seed_gives_the_same_bits(photographs, tmp_path, threads, monke
 
 def test_the_estimators_batch_size_changes_rounding_only():
     torch.manual_seed(0)
-    model = model_architecture["resnet18lcnn"](4, 16).eval()
+    model = model_architecture["vgg11lcnn"](4, 16).eval()
     images, labels = torch.rand(7, 3, 16, 16), torch.arange(7) % 4
 
     def estimate(size: int):

@@ -139,6 +139,7 @@ def strongest(
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
         restarts: how many climbs.
+        generator: what the random starts are drawn with.
 
     Returns:
         (N, ...): a point that is misclassified if one was seen (the image itself if it is), else the one of largest

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.folding import FoldedNetwork, fold
 from utils.derivatives import input_hessian
 from utils.eigenvalues import hutchinson_trace, methods, normalize, norms
+from utils.precision import float32_proper
 
 GRADIENT_EPS = 1e-6  # C = h / (g + 1e-6), the reference's definition
 
@@ -73,28 +74,6 @@ def frozen_in_eval(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def float32_proper() -> Iterator[None]:
-    """Arithmetic on a GPU in float32: TF32, torch's default for convolutions, has three digits, too few for second
-    derivatives.
-
-    Settings made through torch's newer fp32_precision, which these must not be mixed with, stay as they are.
-    """
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    try:
-        allowed = [backend.allow_tf32 for backend in backends]
-    except RuntimeError:
-        yield
-        return
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, was in zip(backends, allowed, strict=True):
-            backend.allow_tf32 = was
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The arithmetic of training: float32, or convolutions in TF32 or bfloat16, which a GPU's tensor cores do faster."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from utils.errors import UsageError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn)  # where TF32 may be allowed
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -22,13 +23,26 @@ def check_precision(precision: str, device: torch.device) -> None:
 @contextmanager
 def precision_of_the_process() -> Iterator[None]:
     """Put back afterwards what ``set_precision`` changes for the whole process."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    allowed = [backend.allow_tf32 for backend in backends]
+    allowed = [backend.allow_tf32 for backend in BACKENDS]
     try:
         yield
     finally:
-        for backend, was in zip(backends, allowed, strict=True):
+        for backend, was in zip(BACKENDS, allowed, strict=True):
             backend.allow_tf32 = was
+
+
+@contextmanager
+def float32_proper() -> Iterator[None]:
+    """Arithmetic on a GPU in float32: TF32, torch's default for convolutions, has three digits, too few for second
+    derivatives.
+
+    Settings made through torch's newer fp32_precision, which these must not be mixed with, stay as they are.
+    """
+    with ExitStack() as stack:
+        with suppress(RuntimeError):
+            stack.enter_context(precision_of_the_process())
+            set_tf32("fp32")
+        yield
 
 
 def set_precision(model: nn.Module, precision: str, device: torch.device) -> None:
@@ -44,7 +58,8 @@ def set_precision(model: nn.Module, precision: str, device: torch.device) -> Non
 
 def set_tf32(precision: str) -> None:
     """The part of ``set_precision`` that is the process's, not the model's."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    for backend in BACKENDS:
+        backend.allow_tf32 = precision == "tf32"
 
 
 def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
