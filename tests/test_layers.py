@@ -220,6 +220,23 @@ def test_second_derivatives_written_out_are_right_in_every_argument():
             assert gradgradcheck(function, (x, parameter))
 
 
+def test_softplus_in_training_is_torchs_in_every_derivative():
+    """Of its input and of beta, when the gradient of one or of both is differentiated itself."""
+    x = torch.linspace(-3, 30, 40, dtype=torch.float64)
+    results = []
+    for training in (True, False):
+        layer = CenteredSoftplus(2.0).double().train(training)
+        at = x.clone().requires_grad_()
+        wanted = [at, layer.log_beta]
+        y = layer(at)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), at, create_graph=True)
+        by_penalty = torch.autograd.grad(y.sum() + gradient.square().sum(), wanted)
+        first = torch.autograd.grad(layer(at).pow(3).sum(), wanted, create_graph=True)
+        by_all = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        results.append((y, gradient, by_penalty, first, by_all))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "size"), GEOMETRIES)
 def test_convolution_in_training_is_torchs_in_every_derivative(kernel, stride, padding, size, bias):
