@@ -93,16 +93,16 @@ def interrupt(command: list, after: str, how: signal.Signals) -> subprocess.Comp
 
 
 def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(photographs, tmp_path, capsys):
-    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--num-epochs", 3]
+    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--num-epochs", 5]
     flags += ["--calibrate-batchnorm"]
     name = "vgg11lcnn_curvature_and_gnorm_imagefolder"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_main(train_models, tiny_run(photographs, whole, *flags), capsys).returncode == 0
     command = tiny_run(photographs, broken, *flags)
-    killed = interrupt([sys.executable, str(ROOT / "train_models.py"), *command], "epoch 1/3", signal.SIGKILL)
+    killed = interrupt([sys.executable, str(ROOT / "train_models.py"), *command], "epoch 1/5", signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert not (broken / f"{name}.pt").exists()
-    assert torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] < 3
+    assert torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] < 5
 
     # an unfinished run is not overwritten, nor continued with other flags
     assert_one_line_error(run_main(train_models, command, capsys), 2, "--resume", "--overwrite")
@@ -118,7 +118,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
 
     resumed = run_script("train_models.py", *command, "--resume")
     assert "resuming" in resumed.stdout
-    assert "epoch 1/3" not in resumed.stdout
+    assert "epoch 1/5" not in resumed.stdout
     checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (whole, broken)]
     assert states_equal(*checkpoints)
     assert not (broken / f"{name}.unfinished.pt").exists()
@@ -128,7 +128,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
     assert timeless(whole) == timeless(broken)
-    assert [row["epoch"] for row in timeless(broken)] == ["1", "2", "3"]
+    assert [row["epoch"] for row in timeless(broken)] == ["1", "2", "3", "4", "5"]
     # resuming a finished run says so and changes nothing
     before = (broken / f"{name}.pt").read_bytes()
     assert "is finished" in run_main(train_models, [*command, "--resume"], capsys).stdout
@@ -136,8 +136,8 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
 
 
 def test_ctrl_c_keeps_the_finished_epochs_and_prints_how_to_go_on(photographs, tmp_path, capsys):
-    flags = tiny_run(photographs, tmp_path, "--model-arch", "vgg11", "--num-epochs", 4)
-    stopped = interrupt([sys.executable, str(ROOT / "train_models.py"), *flags], "epoch 1/4", signal.SIGINT)
+    flags = tiny_run(photographs, tmp_path, "--model-arch", "vgg11", "--num-epochs", 12)
+    stopped = interrupt([sys.executable, str(ROOT / "train_models.py"), *flags], "epoch 1/12", signal.SIGINT)
     assert stopped.returncode == 130
     assert stopped.stderr.strip() == "train_models.py: interrupted"
     line = next(line for line in stopped.stdout.splitlines() if "--resume" in line)
