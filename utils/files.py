@@ -95,7 +95,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         remedy = "make room, or name another place that can be written"
         raise UserError(f"{path} could not be written ({reason.strerror or reason}); {remedy}") from error
     finally:
-        with contextlib.suppress(OSError):  # as above
+        with contextlib.suppress(OSError):  # what failed before is to be said, not this
             temporary.unlink(missing_ok=True)
 
 
