@@ -7,6 +7,7 @@ Writes <output-dir>/<arch>[_<regularizer>]_<dataset>.pt, and beside it ..._metri
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 import time
@@ -31,7 +32,7 @@ from utils.outside_model import build_outside_model, is_outside
 from utils.plots import plot_training
 from utils.precision import PRECISIONS, check_precision, precision_of_the_process, set_precision
 from utils.progress import progress
-from utils.run_files import MACHINE_FLAGS, RunFiles, check_same_data, check_same_flags, only_run_of
+from utils.run_files import MACHINE_FLAGS, RunFiles, check_resumable, check_same_data, check_same_flags, only_run_of
 from utils.self_check import forward
 from utils.training import (
     Gradients,
@@ -175,6 +176,7 @@ def saved_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     if flags.resume and (path := files.saved()):
         checkpoint = read_checkpoint(path)
         check_same_flags(path, checkpoint, recorded_flags, vars(build_parser().parse_args([])))
+        check_resumable(path, checkpoint)
         return path, checkpoint
     if not flags.overwrite:
         files.refuse_to_overwrite()
@@ -209,8 +211,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     path, saved = distributed.from_first(lambda: saved_run(flags, files, recorded_flags)) or (None, None)
 
     cli.seed_everything(flags.prng_seed, flags.strong_determinism_wanted)
-    with distributed.first_of_machine_first() if flags.download else contextlib.nullcontext():
-        data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
+    data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
     num_classes = len(data.class_names)
     if saved:
         check_same_data(path, saved, data)
@@ -240,7 +241,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     metrics = []
     if saved:
         load_state(model, saved["model"], path, flags.model_arch)
-        load_optimizer_state(optimizer, saved["optimizer"])
+        load_optimizer_state(optimizer, saved.get("optimizer"), path)
         metrics = saved["metrics"]
         print(f"resuming {files.unfinished} after epoch {saved['epoch']}")
     elif flags.calibrate_batchnorm:
@@ -261,9 +262,9 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     gradients = Gradients(loss, model, find_unused=outside)
     if flags.cuda_graph:
         gradients = CapturedGradients(gradients, model)
-    if flags.overwrite and first:  # only now that nothing can be missing for the new run
-        files.remove()
     num_steps = -(-len(data.train) // flags.batch_size)
+    # without gradients a batch takes a fraction of the memory that it takes in training
+    evaluation_batch = min(256, 4 * max(1, flags.batch_size // distributed.world_size()))
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
         # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
         torch.manual_seed(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
@@ -300,7 +301,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
                 f"{flags.model_arch}: cannot be trained with {type(loss).__name__} ({one_line(error)}); {remedy}"
             ) from error
         seconds = time.perf_counter() - start
-        test_loss, test_accuracy = evaluate(model, data.test)
+        test_loss, test_accuracy = evaluate(model, data.test, evaluation_batch)
 
         row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}
         if not is_finite(row):
@@ -313,15 +314,31 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
         progress_made = checkpoint | {"epoch": epoch, "metrics": metrics, "model": model.state_dict()}
         if epoch < flags.num_epochs:
             save_checkpoint(files.unfinished, progress_made | {"optimizer": optimizer.state_dict()})
+            if flags.overwrite:  # the run it replaces goes only now that something is in its place
+                files.checkpoint.unlink(missing_ok=True)
+                files.picture.unlink(missing_ok=True)
         else:
             save_checkpoint(files.checkpoint, progress_made)
             files.unfinished.unlink(missing_ok=True)
+        flags.overwrite = False  # from here on it would be this run that is lost
         write_csv(files.metrics, metrics)
         print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
     if first:
         write_report(files, metrics, model)
     print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
     return files.checkpoint
+
+
+def how_to_go_on(arguments: Sequence[str], flags: argparse.Namespace) -> str:
+    """The command that continues an interrupted run; one that was to replace another and has saved nothing starts
+    again."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launcher = f"torchrun --nproc-per-node={local}" if distributed.world_size() > 1 else "python"
+    again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+    aim, flag = (
+        ("start again", "--overwrite") if flags.overwrite else ("go on after the last finished epoch", "--resume")
+    )
+    return f"to {aim}: {launcher} train_models.py {shlex.join([*again, flag])}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,8 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 train(flags)
             except KeyboardInterrupt:
-                again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
-                print(f"\nto go on after the last finished epoch: python train_models.py {shlex.join(again)} --resume")
+                print(f"\n{how_to_go_on(arguments, flags)}")
                 raise
 
     return cli.run(build_parser(), command, arguments)

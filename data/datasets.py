@@ -1,5 +1,6 @@
 """The data sets by name, each loaded once into uint8 tensors. ``--dataset`` and its help come from ``datasets``."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data.batches import Split
+from utils import distributed
 from utils.errors import UserError
 from utils.progress import progress
 
@@ -148,11 +150,13 @@ def read_image(path: str):
 
 def refuse_link_loops(root: Path) -> None:
     """Raise UserError if a link leads back to a folder it lies in: its images would be found again and again."""
-    for folder, names, _ in os.walk(root, followlinks=True):
-        for name in names:
-            link = Path(folder, name)
-            if link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve()):
-                raise UserError(f"imagefolder: {link} is a link to a folder that it lies in; remove it")
+    to_do: list[tuple[Path, frozenset[Path]]] = [(root, frozenset())]  # a folder, and those on the way to it
+    while to_do:
+        folder, above = to_do.pop()
+        own = folder.resolve()
+        if own in above:
+            raise UserError(f"imagefolder: {folder} is a link to a folder that it lies in; remove it")
+        to_do += [(Path(entry), above | {own}) for entry in os.scandir(folder) if os.path.isdir(entry)]
 
 
 def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
@@ -168,10 +172,10 @@ def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
         root = data_dir / split
         if not root.is_dir():
             raise UserError(f"imagefolder: no folder {root}; --data-dir must hold train/<class>/ and test/<class>/")
-        refuse_link_loops(root)
         try:
+            refuse_link_loops(root)
             folder = ImageFolder(str(root), loader=read_image)
-        except (FileNotFoundError, OSError) as error:
+        except OSError as error:
             raise UserError(f"imagefolder: {' '.join(str(error).split())}") from error
         check_room(len(folder), size)
         images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
@@ -230,7 +234,8 @@ def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None,
         UserError: if files are missing or damaged; the message says which, and how to get them.
     """
     entry = datasets[name]
-    data = entry.load(Path(data_dir), image_size or entry.image_size, download)
+    with distributed.first_of_machine_first() if download else contextlib.nullcontext():
+        data = entry.load(Path(data_dir), image_size or entry.image_size, download)
     for split_name, split in (("training", data.train), ("test", data.test)):
         if not len(split):
             raise UserError(f"{name}: {data_dir} has no {split_name} images; use another copy of it")

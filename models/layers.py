@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 from torch.nn.modules.utils import _pair
 
 from models.functional import ScaledBatchNorm, centered_softplus, conv2d, full_precision
@@ -103,9 +104,11 @@ class SpectralNormConv2d(Conv2d):
             size - ((o - 1) * s - 2 * p + r)
             for size, o, s, p, r in zip(self.input_size, output_size, self.stride, self.padding, reach, strict=True)
         ]
-        self.register_buffer("u", self.weight.new_empty(1, out_channels, *output_size).normal_())
+        self.register_buffer("u", self.weight.new_empty(1, out_channels, *output_size))
         self.register_buffer("v", self.weight.new_zeros(1, in_channels, *self.input_size))
-        self.power_iteration(self.INITIAL_ITERATIONS)
+        if not self.weight.is_meta:  # where there are no numbers it would only make torch import its compiler
+            self.u.normal_()
+            self.power_iteration(self.INITIAL_ITERATIONS)
 
     def _operator(self, z: Tensor) -> Tensor:
         return F.conv2d(z, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
@@ -128,22 +131,16 @@ class SpectralNormConv2d(Conv2d):
     def spectral_norm(self) -> Tensor:
         """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration.
 
-        In the weight's own precision, with autocast or TF32 too.
+        In the weight's own precision, with autocast or TF32 too: sigma is linear in the weight, so it is computed as
+        <weight, d sigma / d weight>, whose derivatives need no convolution, which a backward pass would do in TF32.
         """
-        with full_precision(self.weight.device):
-            return self._spectral_norm()
-
-    def _spectral_norm(self) -> Tensor:
-        # u and v are cloned because autograd keeps them, and the next training forward overwrites the buffers
-        if not self.training:
-            return (self.u.clone() * self._operator(self.v.clone())).sum()
-        with torch.no_grad():
-            v = self._normalize(self._adjoint(self.u))
-        conv_v = self._operator(v)  # serves the iteration of u and sigma itself
-        u = self._normalize(conv_v.detach())
-        self.v.copy_(v)
-        self.u.copy_(u)
-        return (u * conv_v).sum()
+        with torch.no_grad(), full_precision(self.weight.device):
+            if self.training:
+                self.power_iteration(1)
+            gradient = conv2d_weight(
+                self.v, self.weight.shape, self.u, self.stride, self.padding, self.dilation, self.groups
+            )
+        return (self.weight * gradient).sum()
 
     def forward(self, x: Tensor) -> Tensor:
         sigma = self.spectral_norm().clamp_min(self.EPS)

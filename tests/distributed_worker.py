@@ -71,7 +71,7 @@ def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
         if epochs == int(stop_after):
             raise KeyboardInterrupt
         epochs += 1
-        return evaluate(model, split)
+        return evaluate(model, split, 256)
 
     train_models.evaluate = digest
     model_selector.model_architecture["resnet18lcnn"] = TwoBlocks

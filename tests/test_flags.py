@@ -39,12 +39,12 @@ NUMBERS = [
     "1e400",
     "2147483648",
 ]
-ODD = ["", " ", "x", "--", "8/255", "1/0", "0x10", "1_0", "\u0661", "😀", "9" * 40, "1" * 5000, "None", "-"]
+ODD = ["", " ", "x", "--", "8/255", "1/0", "0x10", "1_0", "\u0661", "😀", "9" * 40, "1" * 400, "1" * 5000, "None", "-"]
 # what names a place, or needs a package of its own
 SKIPPED = {"help", "output", "plot", "layers", "compare", "output_dir", "data_dir", "autoattack"}
 # where a large number is right and takes long; small ones, and what is wrong, all the same
 LONG = {"num_epochs", "num_power_iter", "pgd_steps", "restarts", "adv_steps", "trace_probes", "top_k", "probes"}
-LARGE = {"2147483648", "9" * 40, "1" * 5000}
+LARGE = {"2147483648"}
 
 
 def tiny(layers: Layers, num_classes: int, input_size: int) -> nn.Sequential:
@@ -178,6 +178,9 @@ def test_robustness(tmp_path_factory, checkpoint, flags):
         (train_models, ["--beta-weight-decay", "1", "--model-arch", "resnet18"], "--beta-weight-decay"),
         (train_models, ["--lcnn", "--model-arch", "resnet18"], "--lcnn"),
         (train_models, ["--resume", "--overwrite"], "--overwrite"),
+        (train_models, ["--batch-size", "1" * 400], "--batch-size: must be less than 2^63"),
+        (train_models, ["--num-epochs", str(2**63)], "--num-epochs: must be less than 2^63"),
+        (train_models, ["--adv-step-size", "1e300"], "--adv-step-size: must be more than 0 and at most 1e9"),
         (train_models, ["--precision", "tf32", "--device", "cpu"], "--precision tf32"),
         (train_models, ["--cuda-graph", "--device", "cpu"], "--cuda-graph"),
         (estimate_curvature, ["--data-fraction", "0.5", "--num-samples", "3"], "--num-samples"),

@@ -85,45 +85,60 @@ def test_two_hundred_flipped_bits(small, tmp_path):
     assert refused > 100
 
 
+BIAS = "classifier.bias"
+
+
+def doubled(times: int) -> list:
+    """A list that holds a list twice, that holds a list twice, ...: small, and endless to those who walk all of it."""
+    inner: list = []
+    for _ in range(times):
+        inner = [inner, inner]
+    return inner
+
+
 def state_of(**changes) -> dict:
-    return model_architecture["vgg11"](10, 16).state_dict() | changes
+    return dict(model_architecture["vgg11"](10, 16).state_dict()) | changes
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
-    {
-        "a wrong shape": lambda: contents(state_of(**{"classifier.bias": torch.zeros(11)})),
-        "a scalar": lambda: contents(state_of(**{"classifier.bias": torch.zeros(())})),
-        "a missing key": lambda: contents({k: v for k, v in state_of().items() if k != "classifier.bias"}),
-        "a key too many": lambda: contents(state_of(extra=torch.zeros(1))),
-        "integers": lambda: contents({k: v.to(torch.int32) for k, v in state_of().items()}),
-        "complex numbers": lambda: contents(state_of(**{"classifier.bias": torch.zeros(10, dtype=torch.complex64)})),
-        "a string for a tensor": lambda: contents(state_of(**{"classifier.bias": "zeros"})),
-        "no dict of weights": lambda: contents([1, 2]),
-        "a sparse tensor": lambda: contents(state_of(**{"classifier.bias": torch.zeros(10).to_sparse()})),
-        "a meta tensor": lambda: contents(state_of(**{"classifier.bias": torch.zeros(10, device="meta")})),
-        "nan": lambda: contents(state_of(**{"classifier.bias": torch.full((10,), torch.nan)})),
-        "inf": lambda: contents(state_of(**{"classifier.bias": torch.full((10,), torch.inf)})),
-        "no negative size": lambda: contents(state_of(), image_size=-16),
-        "a huge image": lambda: contents(state_of(), image_size=16 * 10**6),
-        "many classes": lambda: contents(state_of(), num_classes=10**12),
-        "classes in words": lambda: contents(state_of(), num_classes="ten"),
-        "half a class": lambda: contents(state_of(), num_classes=2.5),
-        "an architecture that is no name": lambda: contents(state_of(), model_arch=["vgg11"]),
-        "flags that are none": lambda: contents(state_of(), flags=7),
-        "metrics that are none": lambda: contents(state_of(), metrics=7),
-        "a list": lambda: [1, 2],
-        "a tensor": lambda: torch.zeros(3),
-        "a dict of a dict": lambda: {"state": {"weights": torch.zeros(3)}},
-        "another program's weights": lambda: {"fc.weight": torch.zeros(3, 3)},
-    }.items(),
+    ("make", "reason"),
+    [
+        (lambda: contents(state_of(**{BIAS: torch.zeros(11)})), "size mismatch for classifier.bias"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(())})), "size mismatch for classifier.bias"),
+        (lambda: contents({k: v for k, v in state_of().items() if k != BIAS}), "Missing key"),
+        (lambda: contents(state_of(extra=torch.zeros(1))), "Unexpected key"),
+        (lambda: contents({k: v.to(torch.int32) for k, v in state_of().items()}), "is of torch.int32"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10, dtype=torch.complex64)})), "is of torch.complex64"),
+        (lambda: contents(state_of(**{BIAS: "zeros"})), "do not fit"),
+        (lambda: contents([1, 2]), "model is no dict"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10).to_sparse()})), "not plain tensors"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10, device="meta")})), "not plain tensors"),
+        (lambda: contents(state_of(**{BIAS: torch.full((10,), torch.nan)})), "not all finite"),
+        (lambda: contents(state_of(**{BIAS: torch.full((10,), torch.inf)})), "not all finite"),
+        (lambda: contents(state_of(), image_size=-16), "image size is -16"),
+        (lambda: contents(state_of(), image_size=16 * 10**6), "do not fit"),
+        (lambda: contents(state_of(), num_classes=10**12), "do not fit"),
+        (lambda: contents(state_of(), num_classes=-1), "do not fit"),
+        (lambda: contents(state_of(), num_classes="ten"), "num_classes is no int"),
+        (lambda: contents(state_of(), num_classes=2.5), "num_classes is no int"),
+        (lambda: contents(state_of(), model_arch=["vgg11"]), "model_arch is no str"),
+        (lambda: contents(state_of(), flags=7), "flags is no dict"),
+        (lambda: contents(state_of(), flags={"data_dir": 7}), "data_dir"),
+        (lambda: contents(state_of(), flags={"data_dir": "a\0b"}), "data_dir"),
+        (lambda: contents(state_of(), metrics=7), "metrics is no list"),
+        (lambda: contents(state_of(), class_names=doubled(40), num_classes="ten"), "num_classes is no int"),
+        (lambda: [1, 2], "another program's"),
+        (lambda: torch.zeros(3), "another program's"),
+        (lambda: {"state": {"weights": torch.zeros(3)}}, "another program's"),
+        (lambda: {"fc.weight": torch.zeros(3, 3)}, "neither a checkpoint"),
+    ],
 )
-def test_what_does_not_fit_is_refused(name, make, tmp_path, capsys):
+def test_what_does_not_fit_is_refused(make, reason, tmp_path, capsys):
     content, path = make(), tmp_path / "odd.pt"
     if isinstance(content, dict) and "model_arch" in content:
         content |= {"format": "lcnn", "version": 1}
     torch.save(content, path)
-    assert_one_line_error(run_main(estimate_curvature, ["--model-filename", path], capsys), 1, "odd.pt")
+    assert_one_line_error(run_main(estimate_curvature, ["--model-filename", path], capsys), 1, "odd.pt", reason)
 
 
 def test_no_file_of_ours_at_all(tmp_path, capsys):

@@ -89,6 +89,27 @@ def test_a_link_that_leads_back_is_refused_and_another_followed(photographs, tmp
         load_dataset("imagefolder", tmp_path, 16)
 
 
+def test_links_in_a_circle_through_two_folders_are_refused(photographs, tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes((photographs / "train/china/0.png").read_bytes())
+    (tmp_path / "train/a/itself").symlink_to("itself")  # leads nowhere
+    (tmp_path / "train/a/other").symlink_to("../b")
+    assert len(load_dataset("imagefolder", tmp_path, 16).train) == 3
+    (tmp_path / "train/b/other").symlink_to("../a")
+    with pytest.raises(UserError, match="link to a folder that it lies in"):
+        load_dataset("imagefolder", tmp_path, 16)
+
+
+def test_a_name_of_two_lines_in_an_error_of_one(tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "two\nlines.png").write_bytes(b"no image")
+    flags = ["--dataset", "imagefolder", "--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
+    assert_one_line_error(run_main(train_models, flags, capsys), 1, "two\\nlines.png cannot be read")
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_damaged_cifar_batches(name, tmp_path, monkeypatch):
     write_cifar(tmp_path, monkeypatch, name.upper())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.functional import ScaledBatchNorm, centered_softplus
 from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
@@ -84,6 +85,24 @@ def test_spectral_norm_gradient_holds_u_and_v_constant():
     (gradient,) = torch.autograd.grad(conv.spectral_norm(), conv.weight)
     (expected,) = torch.autograd.grad((conv.u * conv._operator(conv.v)).sum(), conv.weight)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_the_spectral_norms_derivative_needs_no_convolution():
+    """On a GPU a backward pass would convolve in TF32, whatever the forward pass was told."""
+    convolutions = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            convolutions.extend([func] if "convolution" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    layer = SpectralNormConv2d(3, 4, 3, padding=1, input_size=8).train()
+    with Recorder():
+        sigma = layer.spectral_norm()
+        assert len(convolutions) == 3
+        sigma.backward()
+    assert len(convolutions) == 3
+    assert layer.weight.grad.abs().max() > 0
 
 
 def test_two_training_forwards_before_one_backward():

@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import fcntl
+import io
 import os
 import re
 import resource
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -80,6 +83,123 @@ def test_sigterm_ends_with_143_and_the_line_that_goes_on(small_run):
     assert stopped.stderr.strip() == "train_models.py: terminated"
     assert "--resume" in stopped.stdout.splitlines()[-1]
     assert read_checkpoint(folder / "run" / f"{NAME}.unfinished.pt")["epoch"] >= 2
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_signal_during_a_write_is_a_signal(at, tmp_path):
+    """torch.save answers an exception amid its writing with one of its own."""
+    path, content = tmp_path / "file", {i: torch.zeros(10_000) for i in range(5)}
+    path.write_bytes(b"old")
+
+    def write(file):
+        calls, own_write = iter(range(1000)), file.write
+
+        class Interrupted:
+            def write(self, part):
+                if next(calls) == at:
+                    signal.raise_signal(signal.SIGINT)
+                return own_write(part)
+
+            def flush(self):
+                file.flush()
+
+        torch.save(content, Interrupted())
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    flags += ["--output-dir", folder / "run"]
+    assert run_main(train_models, [*flags, "--num-epochs", 1], capsys).returncode == 0
+    old = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite", "--lr", 1e30], capsys)
+    assert_one_line_error(result, 1, "what was saved before it stays")
+    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == old
+    with monkeypatch.context() as patch:
+        patch.setattr(train_models, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+        result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite"], capsys)
+    assert result.returncode == 130
+    assert "start again" in result.stdout.splitlines()[-1]
+    assert result.stdout.splitlines()[-1].endswith("--overwrite")
+    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == old
+
+    write_csv = train_models.write_csv
+
+    def interrupted(path, rows):  # when the first epoch of the new run is saved
+        assert {path.name for path in (folder / "run").glob("[!.]*.p*")} == {f"{NAME}.unfinished.pt"}
+        write_csv(path, rows)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_models, "write_csv", interrupted)
+        result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite"], capsys)
+    assert result.stdout.splitlines()[-1].endswith("--resume")
+    assert run_main(train_models, [*flags, "--num-epochs", 2, "--resume"], capsys).returncode == 0
+    assert read_checkpoint(folder / "run" / f"{NAME}.pt")["epoch"] == 2
+
+
+def test_metrics_without_a_checkpoint_are_left_alone(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    (folder / "run").mkdir()
+    (folder / "run" / f"{NAME}_metrics.csv").write_text("mine")
+    for more in ([], ["--resume"]):
+        result = run_main(train_models, [*flags, "--output-dir", folder / "run", *more], capsys)
+        assert_one_line_error(result, 2, "_metrics.csv exists", "--overwrite")
+    assert (folder / "run" / f"{NAME}_metrics.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda saved: saved.pop("optimizer"),
+        lambda saved: saved.update(optimizer=7),
+        lambda saved: saved["optimizer"].update(state={9: {"momentum_buffer": torch.zeros(1)}}),
+        lambda saved: saved["optimizer"].update(state={0: {"momentum_buffer": torch.zeros(1)}}),
+        lambda saved: saved["optimizer"].update(state={0: {"momentum_buffer": "zeros"}}),
+        lambda saved: saved.update(metrics=[]),
+        lambda saved: saved.update(metrics=["well"]),
+        lambda saved: saved.update(metrics=[{"epoch": "one"}]),
+        lambda saved: saved.update(epoch=5),
+    ],
+)
+def test_an_unfinished_checkpoint_that_cannot_be_resumed(spoil, unfinished_run, monkeypatch, capsys):
+    flags, folder, content = unfinished_run
+    monkeypatch.chdir(folder)
+    saved = torch.load(io.BytesIO(content))
+    spoil(saved)
+    torch.save(saved, folder / "run" / f"{NAME}.unfinished.pt")
+    result = run_main(train_models, [*flags, "--resume"], capsys)
+    assert_one_line_error(result, 1, "unfinished.pt: ", "start again, with --overwrite")
+
+
+@pytest.fixture
+def unfinished_run(small_run, monkeypatch, capsys):
+    """A run of two epochs stopped after the first: its flags, the folder to start it in, and its checkpoint's bytes."""
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    flags += ["--output-dir", folder / "run", "--num-epochs", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_models, "write_csv", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run_main(train_models, flags, capsys).returncode == 130
+    return flags, folder, (folder / "run" / f"{NAME}.unfinished.pt").read_bytes()
+
+
+def test_a_file_system_without_locks(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    result = run_main(train_models, [*flags, "--output-dir", folder / "run"], capsys)
+    assert_one_line_error(result, 1, "cannot be locked (No locks available)", "--output-dir")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(small_run, monkeypatch, capsys):
@@ -198,6 +318,36 @@ def test_a_loss_that_goes_bad_stops_the_run_at_that_step(small_run, monkeypatch,
     saved = read_checkpoint(folder / "run" / "small_net.make_bad_imagefolder.unfinished.pt")
     assert saved["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+class OddTerms(CELoss):
+    """Its terms are those of the step in ``sets``."""
+
+    sets: ClassVar[list[dict]] = []
+
+    def compute_loss(self, input, target):
+        raw_loss = self.losses(input, target).mean()
+        self.metadata = self.sets.pop(0)
+        return raw_loss
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ([{"a": torch.ones(1)}], "'a' is of shape (1,); set a scalar"),
+        ([{"a": 1.0}, {"a": 1.0, "b": 2.0}], "a at first, a, b later"),
+        ([{"a": 1.0}, {}], "a at first"),
+        ([{"epoch": 1.0}], "'epoch' is a column"),
+        ([{"train_loss": 1.0}], "'train_loss' is a column"),
+    ],
+)
+def test_terms_that_cannot_be_columns(sets, words, small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(OddTerms, "sets", list(sets))
+    monkeypatch.setitem(regularizers, "odd", lambda model, flags: OddTerms(model))
+    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+    assert_one_line_error(result, 1, "metadata of OddTerms", words)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -1,5 +1,7 @@
 """The optimizer, the schedule, and the statistics a low-curvature network starts from."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -46,14 +48,43 @@ def test_momenta_of_an_optimizer_that_was_not_fused_go_on():
             if step or model is old:
                 optimizer.step()
         if not step:
-            load_optimizer_state(optimizers[1], optimizers[0].state_dict())
+            load_optimizer_state(optimizers[1], optimizers[0].state_dict(), Path("old.pt"))
             new.load_state_dict(old.state_dict())
     for ours, theirs in zip(new.parameters(), old.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_weight_may_get_its_first_gradient_after_the_first_step():
+    """As with layers that are frozen at first, or dropped at random."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    plain.load_state_dict(model.state_dict())
+    pairs = (
+        (model, build_optimizer(model, 0.1, 0.9, 5e-4)),
+        (plain, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)),
+    )
+    x = torch.randn(5, 3)
+    for trained in (slice(1, 2), slice(0, 2), slice(0, 1), slice(0, 2)):
+        for network, optimizer in pairs:
+            optimizer.zero_grad()
+            parameters = list(network[trained].parameters())
+            for p, gradient in zip(parameters, torch.autograd.grad(network(x).square().sum(), parameters), strict=True):
+                p.grad = gradient
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_one_epoch_run_trains_at_the_initial_rate():
     assert learning_rate(0.1, 1, 1) == 0.1
+
+
+def test_calibration_passes_over_batchnorms_that_keep_no_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
+    images = torch.rand(8, 3, 4, 4)
+    calibrate_batchnorm(model, images)
+    torch.testing.assert_close(model[1].running_mean, model[0](images).mean(dim=(0, 2, 3)))
 
 
 def test_calibrated_statistics_are_those_of_each_layers_input():

@@ -67,6 +67,10 @@ def read_checkpoint(path: str | Path) -> dict:
         for name, kind in REQUIRED.items():
             if type(checkpoint[name]) is not kind:
                 raise UserError(f"{path}: not a checkpoint of this program: {name} is no {kind.__name__}")
+        if checkpoint["image_size"] < 1:
+            raise UserError(f"{path}: not a checkpoint of this program: its image size is {checkpoint['image_size']}")
+        if not isinstance(data_dir := checkpoint["flags"].get("data_dir", ""), str) or "\0" in data_dir:
+            raise UserError(f"{path}: not a checkpoint of this program: its data_dir is no folder's name")
         return checkpoint
     if not isinstance(checkpoint, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint.items()

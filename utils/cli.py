@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 
 from models.model_selector import model_architecture
-from utils.errors import Terminated, UsageError, UserError
+from utils.errors import Terminated, UsageError, UserError, one_line
 from utils.outside_model import is_outside
 
 
@@ -49,8 +49,10 @@ def number(
             value = convert(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if convert is int else ' number'}") from None
-        if not math.isfinite(value) or value < minimum or value > maximum or (exclusive and value == minimum):
+        if not minimum <= value <= maximum or value == math.inf or (exclusive and value == minimum):
             raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        if convert is int and value >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be less than 2^63, not {text}")
         if multiple_of > 1 and value % multiple_of:
             raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         return value
@@ -66,13 +68,16 @@ image_size = number(int, 16, multiple_of=16)
 
 
 def pixel_distance(text: str) -> float:
-    """An argparse type: a positive number, or a fraction such as 8/255."""
+    """An argparse type: a positive number, or a fraction such as 8/255.
+
+    Images are 1 high: beyond 1e9 a distance would say nothing, and overflow where it is squared.
+    """
     try:
         value = float(Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    if not 0 < value <= 1e9:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and at most 1e9, not {text}")
     return value
 
 
@@ -193,9 +198,12 @@ def run(
         if "can't allocate memory" not in str(error):  # how torch says it on a CPU
             raise
         message, code = "out of memory; try a smaller --batch-size or --image-size", 1
+    except MemoryError as error:  # numpy's
+        message, code = f"out of memory ({one_line(error)}); try a smaller --image-size", 1
     except OSError as error:
         message, code = str(error), 1
     except KeyboardInterrupt as stop:
         message, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+    message = "\\n".join(message.splitlines())  # the name of a file may have any character
     print(f"{parser.prog}: {'' if code > 128 else 'error: '}{message}", file=sys.stderr)
     return code

@@ -58,18 +58,21 @@ def check_archive(path: Path) -> None:
 
 
 def check_tensors(content) -> None:
-    """Raise ValueError unless every tensor in nested dicts and lists is plain: dense, with its numbers in the file."""
-    if isinstance(content, torch.Tensor):
-        if content.layout != torch.strided or content.device.type != "cpu":
-            raise ValueError(f"a tensor of {content.layout} on {content.device}")
-        if content.numel() * content.itemsize > content.untyped_storage().nbytes():
-            raise ValueError(f"a tensor of shape {tuple(content.shape)} that is larger than its storage")
-    elif isinstance(content, dict):
-        for value in content.values():
-            check_tensors(value)
-    elif isinstance(content, (list, tuple)):
-        for value in content:
-            check_tensors(value)
+    """Raise ValueError unless every tensor in nested dicts and lists is plain: dense, with its numbers in the file.
+
+    Each is looked into once: of forty lists that hold the next one twice the last would be met 2^40 times.
+    """
+    to_do, seen = [content], set()
+    while to_do:
+        item = to_do.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu":
+                raise ValueError(f"a tensor of {item.layout} on {item.device}")
+            if item.numel() * item.itemsize > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(item.shape)} that is larger than its storage")
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            to_do += item.values() if isinstance(item, dict) else item
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -88,8 +91,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save stumbles over its own end of file when a write has failed
-        reason = error if isinstance(error, OSError) else error.__context__
+        reason = error
+        while isinstance(reason, RuntimeError):  # torch.save stumbles over its own end of file after a failed write,
+            reason = reason.__context__  # and after Ctrl-C
+        if isinstance(reason, KeyboardInterrupt):
+            raise reason from None
         if not isinstance(reason, OSError):
             raise
         remedy = "make room, or name another place that can be written"

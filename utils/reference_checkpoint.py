@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.layers import SpectralNormConv2d
 from models.model_selector import model_architecture
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 # the reference's module path -> ours
 RESNET_MODULES = [
@@ -108,6 +108,6 @@ def convert_reference_checkpoint(state: dict[str, Tensor]) -> dict:
         input_size = 32
         if arch.endswith("lcnn"):
             adapt_strided_vectors(converted, arch, num_classes, input_size)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"is not a complete state_dict of the reference's {arch} ({error})") from error
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"is not a complete state_dict of the reference's {arch} ({one_line(error)})") from error
     return {"model_arch": arch, "num_classes": num_classes, "image_size": input_size, "model": converted}

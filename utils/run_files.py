@@ -46,17 +46,17 @@ class RunFiles:
         """
         return next((path for path in (self.unfinished, self.checkpoint) if path.exists()), None)
 
-    def remove(self) -> None:
-        """Delete the files of the run of this name, if there are any."""
-        for path in (self.unfinished, self.checkpoint, self.metrics, self.picture):
-            path.unlink(missing_ok=True)
-
     def refuse_to_overwrite(self) -> None:
-        """Raise UsageError if a run of this name is there."""
+        """Raise UsageError if a run of this name is there, or a part of one."""
         if path := self.saved():
             raise UsageError(
                 f"{path} exists; pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
             )
+        for path in (self.metrics, self.picture):
+            if path.exists():
+                raise UsageError(
+                    f"{path} exists, without its checkpoint; pass --overwrite to replace it, or another --output-dir"
+                )
 
 
 @contextmanager
@@ -76,9 +76,11 @@ def only_run_of(files: RunFiles) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
-            raise UserError(
-                f"another process is training {files.checkpoint}; wait for it, or give another --output-dir"
-            ) from error
+            if isinstance(error, BlockingIOError):
+                problem = f"another process is training {files.checkpoint}; wait for it, or"
+            else:  # some network file systems
+                problem = f"{path} cannot be locked ({error.strerror});"
+            raise UserError(f"{problem} give another --output-dir") from error
         # one that ended meanwhile may have removed the file that was opened
         if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
             break
@@ -110,6 +112,14 @@ def check_same_flags(path: Path, checkpoint: dict, flags: dict, defaults: dict) 
                 f"--resume: {path} was started with {flag} {its_value}, not {flags.get(name)}; "
                 "give the same flags, or another --output-dir"
             )
+
+
+def check_resumable(path: Path, checkpoint: dict) -> None:
+    """Raise UserError unless the checkpoint at ``path`` has a row of metrics for every epoch, to go on from."""
+    rows, epoch = checkpoint["metrics"], checkpoint["epoch"]
+    whole = len(rows) == epoch > 0 and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+    if not whole or not all(isinstance(value, (int, float)) for row in rows for value in row.values()):
+        raise UserError(f"{path}: its metrics are not those of {epoch} epochs; start again, with --overwrite")
 
 
 def check_same_data(path: Path, checkpoint: dict, data: ImageData) -> None:

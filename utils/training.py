@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from regularized_loss import CELoss
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 
 def build_optimizer(
@@ -29,6 +30,9 @@ def build_optimizer(
     if undecayed:
         groups.append({"params": undecayed, "weight_decay": 0.0})
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    if momentum:  # what a fused optimizer would add at its first step, but not at a later one, to what has a gradient
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def decay_betas(*_) -> None:
@@ -41,15 +45,22 @@ def build_optimizer(
     return optimizer
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Go on with the momenta of a checkpoint, laid out in memory as the weights are, as a fused optimizer needs them;
-    those of older checkpoints, whose optimizer was not fused, may not be."""
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    for parameter, own in optimizer.state.items():
-        if own.get("momentum_buffer") is not None:
-            own["momentum_buffer"] = torch.empty_like(parameter).copy_(own["momentum_buffer"])
+def load_optimizer_state(optimizer: torch.optim.SGD, state: dict, path: Path) -> None:
+    """Go on with the momenta of the checkpoint at path, whose optimizer's state_dict this is; all else is the flags'.
+
+    Raises:
+        UserError: if they are not of these parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        for index, theirs in state["state"].items():
+            own, momentum = optimizer.state[parameters[index]], theirs.get("momentum_buffer")
+            if momentum is not None:
+                own["momentum_buffer"].copy_(momentum.view_as(own["momentum_buffer"]))  # laid out as the weights are
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{path}: the optimizer's state does not fit ({one_line(error)}); start again, with --overwrite"
+        ) from error
 
 
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
@@ -60,6 +71,10 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     """
     milestones = [int(fraction * num_epochs) for fraction in (0.75, 0.875)]
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in milestones)
+
+
+# of the metrics, beside the terms of the loss
+COLUMNS = ("epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second")
 
 
 class Gradients:
@@ -74,12 +89,29 @@ class Gradients:
 
     def __init__(self, loss: CELoss, model: nn.Module, find_unused: bool = False):
         self.loss, self.compute_loss = loss, distributed.data_parallel(loss, model, find_unused)
+        self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
         total = self.compute_loss(images, labels)
-        (total * weight).backward()
         terms = self.loss.terms if isinstance(self.loss, CELoss) else self.loss.metadata
+        self.check_terms(terms)
+        (total * weight).backward()
         return {"train_loss": total.detach(), **terms}
+
+    def check_terms(self, terms: dict[str, Tensor | float]) -> None:
+        """Raise UserError unless the terms can be columns of the metrics: numbers, of names of their own, the same in
+        every step."""
+        if self.names is None:
+            self.names = list(terms)
+        problem = None
+        if taken := [name for name in terms if name in COLUMNS]:
+            problem = f"{taken[0]!r} is a column of the metrics already; rename it"
+        elif list(terms) != self.names:
+            problem = f"{', '.join(self.names)} at first, {', '.join(terms)} later; set the same in every step"
+        elif odd := [name for name, term in terms.items() if isinstance(term, Tensor) and term.ndim]:
+            problem = f"{odd[0]!r} is of shape {tuple(terms[odd[0]].shape)}; set a scalar"
+        if problem:
+            raise UserError(f"the terms in the metadata of {type(self.loss).__name__}: {problem}")
 
 
 class NonFiniteStep(Exception):
@@ -165,7 +197,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int = 256) -> tuple[float, float]:
+def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
     """Mean cross-entropy and accuracy in percent on a split, un-augmented, the model left in eval mode."""
     model.eval()
     loss = torch.zeros((), device=split.images.device)
@@ -197,6 +229,8 @@ def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
     """
 
     def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        if norm.running_mean is None:  # it uses each batch's own, always
+            return
         norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
         norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
 
@@ -221,7 +255,7 @@ def count_parameters(optimizer: torch.optim.Optimizer) -> str:
     return f"{counts[0]:,} weights" + (f", {counts[1]} beta and gamma" if len(counts) > 1 else "")
 
 
-FORMATS = {"learning_rate": "g", "test_accuracy": ".2f", "seconds": ".1f", "images_per_second": ".0f", "epoch": "d"}
+FORMATS = {"learning_rate": "g", "test_accuracy": ".2f", "seconds": ".1f", "images_per_second": ".0f"}
 
 
 def format_metrics(row: dict[str, float]) -> str:
