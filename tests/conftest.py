@@ -1,7 +1,8 @@
-"""What several test files share: real images on disk, and the scripts run as a user runs them."""
+"""What several test files share: real images on disk, a small network, and the scripts run as a user runs them."""
 
 import hashlib
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +11,36 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from models.layers import LCNN, conv_norm
+from models.resnet import ResidualBlock, ResNet
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # CIFAR-10 as JPEGs, where it is there: too large for the repository
 
 torch.set_num_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
+
+
+class TwoBlocks(ResNet):
+    """A low-curvature ResNet of a few channels."""
+
+    def __init__(self, num_classes: int, input_size: int):
+        nn.Module.__init__(self)
+        self.stem = conv_norm(LCNN, 3, 8, 3, padding=1, bias=False, input_size=input_size)
+        self.activation = LCNN.activation()
+        blocks = [ResidualBlock(LCNN, 8, 8, 1, input_size), ResidualBlock(LCNN, 8, 16, 2, input_size)]
+        self.stages = nn.Sequential(nn.Sequential(*blocks))
+        self.classifier = spectral_norm(nn.Linear(16, num_classes))
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
     """20 x 20 patches of two real photographs (scikit-learn's): classes china and flower, 12 train and 6 test each."""
+    from sklearn.datasets import load_sample_images  # here, as not every process that imports this file needs it
+
     root = tmp_path_factory.mktemp("photographs")
     sample = load_sample_images()
     rng = np.random.default_rng(0)

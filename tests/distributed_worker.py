@@ -7,31 +7,17 @@ import sys
 from pathlib import Path
 
 import torch
+from conftest import TwoBlocks
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import train_models
 from data.batches import Split, training_batches
 from models import model_selector
-from models.layers import LCNN, conv_norm
-from models.resnet import ResidualBlock, ResNet
 from regularized_loss import regularizers
 from utils import distributed
 from utils.training import Gradients
 
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
-
-
-class TwoBlocks(ResNet):
-    """A low-curvature ResNet of a few channels."""
-
-    def __init__(self, num_classes: int, input_size: int):
-        nn.Module.__init__(self)
-        self.stem = conv_norm(LCNN, 3, 8, 3, padding=1, bias=False, input_size=input_size)
-        self.activation = LCNN.activation()
-        blocks = [ResidualBlock(LCNN, 8, 8, 1, input_size), ResidualBlock(LCNN, 8, 16, 2, input_size)]
-        self.stages = nn.Sequential(nn.Sequential(*blocks))
-        self.classifier = spectral_norm(nn.Linear(16, num_classes))
 
 
 def gradients_of_every_loss(path: str) -> None:
@@ -63,7 +49,7 @@ def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
     network's state to folder/rank, and after ``stop_after`` epochs be interrupted."""
     evaluate, epochs = train_models.evaluate, 0
 
-    def digest(model, split):
+    def digest(model, split, batch_size):
         nonlocal epochs
         state = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
         with (Path(folder) / str(distributed.rank())).open("a") as file:
@@ -71,7 +57,7 @@ def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
         if epochs == int(stop_after):
             raise KeyboardInterrupt
         epochs += 1
-        return evaluate(model, split, 256)
+        return evaluate(model, split, batch_size)
 
     train_models.evaluate = digest
     model_selector.model_architecture["resnet18lcnn"] = TwoBlocks

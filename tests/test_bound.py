@@ -172,7 +172,9 @@ def test_the_log_bound_does_not_overflow():
 
 
 # mild layers, for the bound is the tighter the smaller beta and gamma are
-@pytest.mark.parametrize("name", ["small", "resnet18lcnn", "resnet34lcnn", "vgg11lcnn"])
+@pytest.mark.parametrize(
+    "name", ["small", "resnet18lcnn", pytest.param("resnet34lcnn", marks=pytest.mark.long), "vgg11lcnn"]
+)
 @pytest.mark.parametrize(("beta", "gamma"), [(5.0, 10.0), (0.01, 0.8)])
 def test_the_measured_curvature_stays_below_the_bound(name, beta, gamma):
     model = small_resnet() if name == "small" else build(name)

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_main
 
 import train_models
+from tests.distributed_worker import gradients_of_every_loss
 from utils.checkpoint import read_checkpoint
 
 WORKER = ROOT / "tests" / "distributed_worker.py"
@@ -49,7 +50,8 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
 
 def test_gradients_of_every_loss_are_those_of_one_process(tmp_path):
     """A batch of 7, and one of 2, in which one of three processes has no example of its own."""
-    for processes in (1, 2, 3):
+    gradients_of_every_loss(tmp_path / "1.pt")
+    for processes in (2, 3):
         finish(launch(processes, WORKER, "gradients", tmp_path / f"{processes}.pt"))
     one, two, three = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2, 3))
     assert len(one) == 12

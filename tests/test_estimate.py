@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import torch
 from conftest import ROOT, SHARED, assert_one_line_error, run_main, run_script
 
 import estimate_curvature
+from tests.test_distributed import finish, launch
 from utils.curvature import estimate_curvature as estimate
 from utils.results import Measurement, format_measurement, read_measurements, summarize, write_measurements
 
@@ -273,19 +273,18 @@ def test_saturated_examples_are_reported(folder, photographs, capsys):
     assert "with zero gradient" in result.stdout
 
 
-def test_two_processes_find_what_one_does(folder, photographs, tmp_path):
+def test_two_processes_find_what_one_does(folder, photographs, tmp_path, monkeypatch, capsys):
     flags = ["--model-arch", "my_models:ready", *data_flags(photographs), "--num-samples", 6, "--batch-size", 2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    outputs = {}
-    for name, launcher in (("one", [sys.executable]), ("two", launch)):
-        command = [*launcher, ROOT / "estimate_curvature.py", *flags, "--output", tmp_path / f"{name}.csv"]
-        result = subprocess.run(
-            list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
-        outputs[name] = result.stdout.replace(f"{name}.csv", "")
-    assert outputs["one"] == outputs["two"]  # printed once, by the first process
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the others
+    try:
+        one = run_main(estimate_curvature, [*flags, "--output", tmp_path / "one.csv"], capsys)
+    finally:
+        torch.set_num_threads(threads)
+    first, second = finish(launch(2, ROOT / "estimate_curvature.py", *flags, "--output", tmp_path / "two.csv"))
+    assert first.replace("two.csv", "one.csv") == one.stdout
+    assert second == ""  # printed once, by the first process
     assert rows_of(tmp_path / "one.csv") == rows_of(tmp_path / "two.csv")
 
 

@@ -288,7 +288,7 @@ def test_autoattack_by_flag(photographs, tmp_path, monkeypatch, capsys):
     assert summary["robust_accuracy"].keys() == {"pgd_l2", "autoattack_l2"}
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.long)])
 def test_adversarial_training_by_flag(norm, photographs, tmp_path, capsys, monkeypatch):
     """Any loss trains on images moved by what the flags describe."""
     moved = []

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_main, run_script
+from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script
 
 import train_models
-from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
-from tests.test_command_line import interrupt, read_metrics, states_equal
+from tests.test_command_line import read_metrics, states_equal
 from utils.checkpoint import read_checkpoint
 from utils.curvature import estimate_curvature
 from utils.files import write_atomically
@@ -70,19 +70,28 @@ def test_killed_twenty_times_a_run_ends_as_if_it_never_was(small_run):
     assert left == {f"{NAME}.pt", f"{NAME}_metrics.csv", f"{NAME}.png"}
 
 
-def test_sigterm_ends_with_143_and_the_line_that_goes_on(small_run):
+@pytest.mark.parametrize(("how", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_keeps_the_finished_epochs_and_prints_how_to_go_on(how, code, word, small_run, monkeypatch, capsys):
     flags, folder = small_run
-    script = [str(ROOT / "train_models.py"), *map(str, flags), "--output-dir", str(folder / "run"), "--num-epochs"]
-    environment = {"PYTHONPATH": str(folder)}
-    os.environ |= environment
-    try:
-        stopped = interrupt([sys.executable, *script, "100000"], "epoch 2/", signal.SIGTERM)
-    finally:
-        del os.environ["PYTHONPATH"]
-    assert stopped.returncode == 143
-    assert stopped.stderr.strip() == "train_models.py: terminated"
-    assert "--resume" in stopped.stdout.splitlines()[-1]
-    assert read_checkpoint(folder / "run" / f"{NAME}.unfinished.pt")["epoch"] >= 2
+    flags += ["--output-dir", folder / "run", "--num-epochs", 60]
+    process = start_in(folder, flags, "epoch 2/")
+    process.send_signal(signal.Signals[how])
+    output, errors = process.communicate()
+    assert process.returncode == code
+    assert errors.strip() == f"train_models.py: {word}"
+    unfinished = folder / "run" / f"{NAME}.unfinished.pt"
+    saved = read_checkpoint(unfinished)
+    assert saved["epoch"] >= 2
+    momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+    assert any(momentum.abs().max() > 0 for momentum in momenta)
+    # the line it printed is the command that goes on
+    arguments = shlex.split(output.splitlines()[-1].split("train_models.py", 1)[1])
+    monkeypatch.chdir(folder)
+    assert "saved" in run_main(train_models, arguments, capsys).stdout
+    assert "is finished" in run_main(train_models, arguments, capsys).stdout
+    again = run_main(train_models, [*flags, "--overwrite", "--num-epochs", "1"], capsys)
+    assert "epoch 1/1" in again.stdout
+    assert not unfinished.exists()
 
 
 @pytest.mark.parametrize("at", range(5))
@@ -404,7 +413,7 @@ def test_the_same_seed_gives_the_same_bits(photographs, tmp_path, threads, monke
 
 def test_the_estimators_batch_size_changes_rounding_only():
     torch.manual_seed(0)
-    model = model_architecture["vgg11lcnn"](4, 16).eval()
+    model = TwoBlocks(4, 16).eval()
     images, labels = torch.rand(7, 3, 16, 16), torch.arange(7) % 4
 
     def estimate(size: int):
