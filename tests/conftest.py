@@ -1,6 +1,7 @@
 """What several test files share: real images on disk, a small network, and the scripts run as a user runs them."""
 
 import hashlib
+import os
 import pickle
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from models.resnet import ResidualBlock, ResNet
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # CIFAR-10 as JPEGs, where it is there: too large for the repository
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two tests run at a time, see pyproject.toml
+os.environ["OMP_NUM_THREADS"] = "1"  # and for the processes they start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
 
 

@@ -65,7 +65,6 @@ def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     task, *rest = sys.argv[1:]
     if task == "gradients":
         gradients_of_every_loss(*rest)

@@ -21,7 +21,7 @@ TIMEOUT = 240
 
 
 def environment(**more) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in more.items()}
+    return {**os.environ, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in more.items()}
 
 
 def launch(processes: int, *arguments, **variables) -> list[subprocess.Popen]:

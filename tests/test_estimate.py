@@ -276,12 +276,7 @@ def test_saturated_examples_are_reported(folder, photographs, capsys):
 def test_two_processes_find_what_one_does(folder, photographs, tmp_path, monkeypatch, capsys):
     flags = ["--model-arch", "my_models:ready", *data_flags(photographs), "--num-samples", 6, "--batch-size", 2]
     monkeypatch.chdir(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the others
-    try:
-        one = run_main(estimate_curvature, [*flags, "--output", tmp_path / "one.csv"], capsys)
-    finally:
-        torch.set_num_threads(threads)
+    one = run_main(estimate_curvature, [*flags, "--output", tmp_path / "one.csv"], capsys)
     first, second = finish(launch(2, ROOT / "estimate_curvature.py", *flags, "--output", tmp_path / "two.csv"))
     assert first.replace("two.csv", "one.csv") == one.stdout
     assert second == ""  # printed once, by the first process
