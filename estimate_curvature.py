@@ -62,7 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, metavar="FILE", help="write one row per example; .csv or .json")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write one row per example, in place of an earlier file; .csv or .json",
+    )
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distributions over examples")
     output.add_argument(
         "--compare",

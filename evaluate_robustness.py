@@ -66,7 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", type=Path, metavar="FILE.csv", help="write one row per example, and a summary to FILE.json"
+        "--output",
+        type=Path,
+        metavar="FILE.csv",
+        help="write one row per example, and a summary to FILE.json; earlier ones are replaced",
     )
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy and stability by distance")
     parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples at once; memory, not results")

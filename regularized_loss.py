@@ -89,7 +89,7 @@ class CELoss:
 
     @metadata.setter
     def metadata(self, terms: dict[str, Tensor | float]) -> None:
-        self.terms = {name: torch.as_tensor(term).detach() for name, term in terms.items()}
+        self.terms = {n: t.detach() if isinstance(t, Tensor) else torch.tensor(float(t)) for n, t in terms.items()}
 
     def losses(self, input: Tensor, target: Tensor) -> Tensor:
         """(N,) cross-entropy of each example; target holds (N,) class indices."""

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -174,7 +175,10 @@ def check_flags(flags: argparse.Namespace) -> None:
 def saved_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) -> tuple[Path, dict] | None:
     """The checkpoint to go on from with its path, if --resume finds one; UsageError if a run is in the way."""
     if flags.resume and (path := files.saved()):
-        checkpoint = read_checkpoint(path)
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}, or start again, with --overwrite") from error
         check_same_flags(path, checkpoint, recorded_flags, vars(build_parser().parse_args([])))
         check_resumable(path, checkpoint)
         return path, checkpoint
@@ -288,11 +292,12 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
         try:
             terms = train_epoch(model, gradients, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
         except NonFiniteStep as error:
-            raise UserError(
-                f"epoch {epoch}, {error}; what was saved before it stays. A smaller --lr may help"
-            ) from None
+            remedy = f"a smaller --lr may help, or look at how {type(loss).__name__} computes it"
+            raise UserError(f"epoch {epoch}, {error}; what was saved before it stays; {remedy}") from None
         except Exception as error:  # the user's own code may raise anything
             if not outside or isinstance(error, (UserError, torch.OutOfMemoryError)) or distributed.is_loss(error):
+                raise
+            if is_of_the_loss_itself(error):
                 raise
             remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
             if "deterministic" in str(error):
@@ -329,16 +334,25 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     return files.checkpoint
 
 
+def is_of_the_loss_itself(error: Exception) -> bool:
+    """Whether a line of regularized_loss.py is at fault, rather than the network or its derivatives: then whoever wrote
+    it needs the traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return not isinstance(error, RuntimeError) and Path(last).name == "regularized_loss.py"
+
+
 def how_to_go_on(arguments: Sequence[str], flags: argparse.Namespace) -> str:
     """The command that continues an interrupted run; one that was to replace another and has saved nothing starts
     again."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    launcher = f"torchrun --nproc-per-node={local}" if distributed.world_size() > 1 else "python"
+    launcher = [sys.executable]
+    if distributed.world_size() > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={local}"]  # torchrun, found or not
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     aim, flag = (
         ("start again", "--overwrite") if flags.overwrite else ("go on after the last finished epoch", "--resume")
     )
-    return f"to {aim}: {launcher} train_models.py {shlex.join([*again, flag])}"
+    return f"to {aim}: {shlex.join([*launcher, str(Path(__file__)), *again, flag])}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -176,7 +176,7 @@ def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
             refuse_link_loops(root)
             folder = ImageFolder(str(root), loader=read_image)
         except OSError as error:
-            raise UserError(f"imagefolder: {' '.join(str(error).split())}") from error
+            raise UserError(f"imagefolder: {root}: {' '.join(str(error).split())}; add images, or mend it") from error
         check_room(len(folder), size)
         images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
         samples = progress(folder.samples, f"reading {root}", len(folder), "images")

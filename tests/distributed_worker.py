@@ -15,7 +15,7 @@ from data.batches import Split, training_batches
 from models import model_selector
 from regularized_loss import regularizers
 from utils import distributed
-from utils.training import Gradients
+from utils.training import FiniteSteps, Gradients, NonFiniteStep, build_optimizer
 
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
 
@@ -64,9 +64,24 @@ def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
     return train_models.main(arguments)
 
 
+def step_that_is_bad_on_the_last() -> None:
+    """Print on every process what FiniteSteps says of a step in which one term of the last process is not finite."""
+    with distributed.process_group():
+        model = nn.Linear(3, 2)
+        optimizer = build_optimizer(model, 0.1, 0.9, 0.0)
+        model(torch.ones(1, 3)).sum().backward()
+        bad = distributed.rank() == distributed.world_size() - 1
+        try:
+            FiniteSteps(model, optimizer).check({"a": torch.tensor(1.0), "b": torch.tensor(torch.nan if bad else 1.0)})
+        except NonFiniteStep as error:
+            sys.stderr.write(str(error))
+
+
 if __name__ == "__main__":
     task, *rest = sys.argv[1:]
     if task == "gradients":
         gradients_of_every_loss(*rest)
+    elif task == "finite":
+        step_that_is_bad_on_the_last()
     else:
         sys.exit(train_and_digest(os.environ["DIGESTS"], os.environ["STOP_AFTER"], rest))

@@ -63,6 +63,12 @@ def test_gradients_of_every_loss_are_those_of_one_process(tmp_path):
                 torch.testing.assert_close(others[name][parameter], gradient, rtol=0, atol=1e-10 * largest.item())
 
 
+def test_all_processes_stop_at_a_step_that_is_bad_on_one():
+    processes = launch(2, WORKER, "finite")
+    written = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    assert written == ["step 1: b nan, so the step was not taken"] * 2
+
+
 def training_flags(photographs, folder) -> list:
     flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 2]
     flags += ["--model-arch", "resnet18lcnn", "--regularizer", "curvature_and_gnorm", "--batch-size", 9]

@@ -85,7 +85,8 @@ def test_a_signal_keeps_the_finished_epochs_and_prints_how_to_go_on(how, code, w
     momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
     assert any(momentum.abs().max() > 0 for momentum in momenta)
     # the line it printed is the command that goes on
-    arguments = shlex.split(output.splitlines()[-1].split("train_models.py", 1)[1])
+    interpreter, script, *arguments = shlex.split(output.splitlines()[-1].split(": ", 1)[1])
+    assert (interpreter, script) == (sys.executable, str(ROOT / "train_models.py"))
     monkeypatch.chdir(folder)
     assert "saved" in run_main(train_models, arguments, capsys).stdout
     assert "is finished" in run_main(train_models, arguments, capsys).stdout
@@ -243,7 +244,7 @@ def test_no_room_at_all(small_run, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for place in ("/proc/run", "/dev/null/run", folder / "small_net.py"):
         result = run_main(train_models, [*flags, "--output-dir", place], capsys)
-        assert_one_line_error(result, 1, str(place))
+        assert_one_line_error(result, 1, f"--output-dir {place} cannot be made a folder", "name another")
     path = folder / "file"
     path.write_bytes(b"old")
 
@@ -357,6 +358,43 @@ def test_terms_that_cannot_be_columns(sets, words, small_run, monkeypatch, capsy
     monkeypatch.setitem(regularizers, "odd", lambda model, flags: OddTerms(model))
     result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
     assert_one_line_error(result, 1, "metadata of OddTerms", words)
+
+
+class OddTotal(CELoss):
+    """What it returns is made of its cross-entropies by ``make``."""
+
+    make = None
+
+    def compute_loss(self, input, target):
+        return type(self).make(self.losses(input, target))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda losses: None, "returned a NoneType"),
+        (lambda losses: losses.mean().item(), "returned a float"),
+        (lambda losses: losses, "returned a tensor of shape (12,)"),
+        (lambda losses: losses.mean().detach(), "returned a tensor without gradient"),
+    ],
+)
+def test_what_is_nothing_to_minimize(make, words, small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(OddTotal, "make", staticmethod(make))
+    monkeypatch.setitem(regularizers, "odd", lambda model, flags: OddTotal(model))
+    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+    assert_one_line_error(result, 1, "OddTotal.compute_loss", words)
+
+
+def test_a_mistake_in_a_loss_keeps_its_traceback(small_run, monkeypatch, capsys):
+    """Whoever edits regularized_loss.py needs the line; the network is not to blame."""
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(regularizers, "odd", lambda model, flags: CELoss(model))
+    monkeypatch.setattr(CELoss, "losses", lambda self, input, target: "no tensor")
+    with pytest.raises(AttributeError, match="mean"):
+        run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -138,6 +138,13 @@ def summed(values: list[float]) -> list[float]:
     return sums.tolist()
 
 
+def summed_on_device(values: Tensor) -> Tensor:
+    """The elementwise sum over the processes, the same on all of them; nothing waits for a GPU. May change values."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 @torch.no_grad()
 def average_statistics(model: nn.Module, share: float) -> None:
     """Every BatchNorm's running statistics become their mean over the processes, weighted by their shares, which sum

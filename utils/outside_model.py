@@ -107,7 +107,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no such file, it is damaged, or it holds no state_dict.
     """
-    remedy = "save it with torch.save(model.state_dict(), file)"
+    remedy = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
     content = read_tensors(Path(path), "weights", remedy)
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)

@@ -34,7 +34,12 @@ class RunFiles:
         parts += ["adversarial"] if flags.adversarial_training else []
         name = "_".join([*parts, flags.dataset])
         directory = flags.output_dir
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output-dir {directory} cannot be made a folder ({error.strerror}); name another"
+            ) from error
         return RunFiles(
             *(directory / f"{name}{suffix}" for suffix in (".pt", ".unfinished.pt", "_metrics.csv", ".png"))
         )

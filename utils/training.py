@@ -93,10 +93,26 @@ class Gradients:
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
         total = self.compute_loss(images, labels)
+        self.check_total(total)
         terms = self.loss.terms if isinstance(self.loss, CELoss) else self.loss.metadata
         self.check_terms(terms)
         (total * weight).backward()
         return {"train_loss": total.detach(), **terms}
+
+    def check_total(self, total: Tensor) -> None:
+        """Raise UserError unless the loss is something to minimize."""
+        problem = None
+        if not isinstance(total, Tensor):
+            problem = f"a {type(total).__name__}"
+        elif total.ndim:
+            problem = f"a tensor of shape {tuple(total.shape)}"
+        elif not total.requires_grad:
+            problem = "a tensor without gradient"
+        if problem:
+            raise UserError(
+                f"{type(self.loss).__name__}.compute_loss returned {problem}; return a scalar tensor computed from the "
+                "network's output"
+            )
 
     def check_terms(self, terms: dict[str, Tensor | float]) -> None:
         """Raise UserError unless the terms can be columns of the metrics: numbers, of names of their own, the same in
@@ -110,6 +126,8 @@ class Gradients:
             problem = f"{', '.join(self.names)} at first, {', '.join(terms)} later; set the same in every step"
         elif odd := [name for name, term in terms.items() if isinstance(term, Tensor) and term.ndim]:
             problem = f"{odd[0]!r} is of shape {tuple(terms[odd[0]].shape)}; set a scalar"
+        elif odd := [name for name, term in terms.items() if not isinstance(term, (Tensor, int, float))]:
+            problem = f"{odd[0]!r} is a {type(terms[odd[0]]).__name__}; set a number"
         if problem:
             raise UserError(f"the terms in the metadata of {type(self.loss).__name__}: {problem}")
 
@@ -134,13 +152,11 @@ class FiniteSteps:
         self.step += 1
         device = self.parameters[0].device
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
-        # what a loss computed on the host is left out: to send it to the device would wait; and of several processes
-        # all decide alike by the gradient, which is the same on all
-        alone = distributed.world_size() == 1
-        terms = {n: t for n, t in terms.items() if alone and isinstance(t, Tensor) and t.device == device}
+        # what a loss computed on the host is left out: to send it to the device would wait
+        terms = {n: t for n, t in terms.items() if isinstance(t, Tensor) and t.device == device}
         terms["the gradient"] = norms.sum()
         self.names = list(terms)
-        values = torch.stack([term.float() for term in terms.values()])
+        values = distributed.summed_on_device(torch.stack([term.float() for term in terms.values()]))
         if self.bad is None:
             self.bad, self.first = torch.zeros((), device=device), torch.zeros((), device=device)
             self.values = values
