@@ -291,6 +291,7 @@ def test_the_readmes_own_loss(photographs, tmp_path):
     (tmp_path / "regularized_loss.py").write_text(source + registry_line + "}\n")
 
     name = re.search(r'"(\w+)"', registry_line)[1]
+    assert name in run_script("train_models.py", "--help", cwd=tmp_path).stdout
     flags = ["--model-arch", "vgg11", "--regularizer", name, "--num-epochs", 1]
     run_script("train_models.py", *tiny_run(photographs, tmp_path / "out", *flags), cwd=tmp_path)
     (row,) = read_metrics(tmp_path / "out" / f"vgg11_{name}_imagefolder_metrics.csv")

@@ -18,6 +18,7 @@ from utils.errors import UsageError, UserError, one_line
 from utils.files import read_tensors
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
+REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
 PARALLEL = "module."  # DataParallel's prefix to every key
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -107,8 +108,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: if there is no such file, it is damaged, or it holds no state_dict.
     """
-    remedy = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
-    content = read_tensors(Path(path), "weights", remedy)
+    content = read_tensors(Path(path), "weights", REMEDY)
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if (
@@ -116,7 +116,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         or not content
         or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
     ):
-        raise UserError(f"{path}: holds no state_dict; {remedy}")
+        raise UserError(f"{path}: holds no state_dict; {REMEDY}")
     return content
 
 

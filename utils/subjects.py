@@ -14,11 +14,10 @@ from utils import cli
 from utils.checkpoint import build_model, check_architecture, is_checkpoint, read_checkpoint
 from utils.errors import UsageError, UserError
 from utils.files import read_tensors
-from utils.outside_model import build_outside_model, is_outside
+from utils.outside_model import REMEDY, build_outside_model, is_outside
 from utils.self_check import check_model
 
 DEFAULT_DATASET = "cifar100"  # for the reference's checkpoints, which do not name theirs
-REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
 EXAMPLES_TO_CHECK = 4  # enough for the self-checks, which run before anything is measured
 
 
