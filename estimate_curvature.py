@@ -18,25 +18,25 @@ from pathlib import Path
 
 import torch
 
-from models.bound import format_layers, layer_table
-from utils import cli, distributed
-from utils.curvature import estimate_curvature as estimate_curvature  # part of this module's interface
-from utils.curvature import measurable
-from utils.eigenvalues import methods
-from utils.errors import UsageError
-from utils.files import make_room
-from utils.measurement import as_measurement, measure_split
-from utils.outside_model import is_outside
-from utils.plots import plot_layers, plot_measurements
-from utils.results import (
+from curvature.eigenvalues import methods
+from curvature.estimate import estimate_curvature as estimate_curvature
+from curvature.estimate import measurable
+from curvature.pictures import plot_layers, plot_measurements
+from curvature.results import (
     Measurement,
+    as_measurement,
     comparison_table,
     format_measurement,
+    measure_split,
     model_names,
     read_measurements,
     write_measurements,
 )
-from utils.subjects import Subject, add_subject_flags, check_subject_flags, chosen_splits, load_subjects
+from curvature.subjects import Subject, add_subject_flags, check_subject_flags, chosen_splits, load_subjects
+from models.bound import format_layers, layer_table
+from utils import cli, distributed
+from utils.errors import UsageError
+from utils.files import make_room
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,10 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together."""
-    check_subject_flags(flags)
-    outside = is_outside(flags.model_arch)
-    if not (flags.model_filename or outside or flags.compare):
-        raise UsageError("nothing to measure: give --model-filename, or --compare with earlier result files")
+    measures = flags.model_filename or flags.model_arch or not flags.compare
+    if measures:
+        check_subject_flags(flags)
     if flags.method == "power" and flags.top_k > 1:
         raise UsageError("--top-k needs --method lanczos; the power method finds one eigenvalue")
     if flags.top_k > flags.num_power_iter:
@@ -109,7 +108,7 @@ def check_flags(flags: argparse.Namespace) -> None:
     files = [path.resolve() for path in outputs + flags.compare]
     if len(set(files)) < len(files):
         raise UsageError("--output, --plot, --layers and --compare name the same file twice; each needs its own")
-    if not (flags.model_filename or outside) and (flags.output or flags.layers):
+    if not measures and (flags.output or flags.layers):
         raise UsageError("--output and --layers need a model to measure: give --model-filename")
 
 
@@ -165,7 +164,7 @@ def estimate(flags: argparse.Namespace) -> None:
     measurements: list[Measurement] = []
     tables = []
     torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
-    subjects = load_subjects(flags)
+    subjects = load_subjects(flags) if flags.model_filename or flags.model_arch else []
     for subject in subjects:
         if flags.top_k > (pixels := subject.data.test.images[0].numel()):
             raise UsageError(f"--top-k {flags.top_k}: the Hessian of {pixels} pixel values has no more eigenvalues")

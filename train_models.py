@@ -20,35 +20,37 @@ import torch
 
 from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import datasets, load_dataset
+from models.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from models.layers import CenteredSoftplus
-from models.model_selector import model_architecture
+from models.model_selector import (
+    add_architecture_flags,
+    build_network,
+    check_architecture_flags,
+    is_outside,
+    model_architecture,
+)
+from models.outside import forward
 from regularized_loss import CELoss, regularizers
-from utils import cli, distributed
-from utils.attacks import NORMS, PGD, adversarial_batches
-from utils.checkpoint import load_state, read_checkpoint, save_checkpoint
-from utils.cuda_graph import CapturedGradients
-from utils.errors import UsageError, UserError, one_line
-from utils.files import write_csv
-from utils.outside_model import build_outside_model, is_outside
-from utils.plots import plot_training
-from utils.precision import PRECISIONS, check_precision, precision_of_the_process, set_precision
-from utils.progress import progress
-from utils.run_files import MACHINE_FLAGS, RunFiles, check_resumable, check_same_data, check_same_flags, only_run_of
-from utils.self_check import forward
-from utils.training import (
+from training.attacks import NORMS, PGD, adversarial_batches
+from training.epoch import (
     Gradients,
     NonFiniteStep,
     build_optimizer,
     calibrate_batchnorm,
-    count_parameters,
     evaluate,
-    format_metrics,
     is_finite,
     learning_rate,
     load_optimizer_state,
     set_batchnorm_momentum,
     train_epoch,
 )
+from training.report import count_parameters, format_metrics, write_report
+from training.run_files import MACHINE_FLAGS, RunFiles, check_resumable, check_same_data, check_same_flags, only_run_of
+from utils import cli, distributed
+from utils.errors import UsageError, UserError, one_line
+from utils.files import write_csv
+from utils.precision import PRECISIONS, check_precision, precision_of_the_process, set_precision
+from utils.progress import progress
 
 CALIBRATION_IMAGES = 512
 
@@ -57,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="train_models.py", description=__doc__.splitlines()[0])
 
     what = parser.add_argument_group("what to train")
-    cli.add_architecture_flags(what, default="resnet18")
+    add_architecture_flags(what, default="resnet18")
     what.add_argument("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     what.add_argument("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
     what.add_argument(
@@ -124,12 +126,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="fp32", help="of convolutions and matrix products in training"
     )
     machine.add_argument(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="on one GPU, launch a step's kernels as one graph (default: off)",
-    )
-    machine.add_argument(
         "--strong-determinism-wanted",
         "--strong_determinism_wanted",
         action=argparse.BooleanOptionalAction,
@@ -137,19 +133,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="same bits every time on the same machine (default: on)",
     )
     return parser
-
-
-def write_report(files: RunFiles, metrics: list[dict], model: torch.nn.Module) -> None:
-    """What a finished run leaves beside its checkpoint."""
-    write_csv(files.metrics, metrics)
-    plot_training(files.picture, files.checkpoint.stem, metrics, model)
-
-
-def build_network(flags: argparse.Namespace, num_classes: int, quiet: bool = False) -> torch.nn.Module:
-    """The network that --model-arch and --lcnn describe, for images of flags.image_size, with initial weights."""
-    if is_outside(flags.model_arch):
-        return build_outside_model(flags.model_arch, None, num_classes, flags.image_size if flags.lcnn else None, quiet)
-    return model_architecture[flags.model_arch](num_classes, input_size=flags.image_size)
 
 
 def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
@@ -164,10 +147,8 @@ def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
-    cli.check_architecture_flags(flags)
+    check_architecture_flags(flags)
     check_precision(flags.precision, flags.device)
-    if flags.cuda_graph and (flags.device.type != "cuda" or distributed.world_size() > 1):
-        raise UsageError("--cuda-graph is for one process on a CUDA device; leave it out")
     if not is_outside(flags.model_arch):
         build_loss(flags, model_architecture[flags.model_arch](2, input_size=16))
 
@@ -221,15 +202,14 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
         check_same_data(path, saved, data)
         if path == files.checkpoint:
             print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
-            model = load_state(build_network(flags, num_classes, quiet=True), saved["model"], path, flags.model_arch)
+            model = build_network(flags.model_arch, num_classes, flags.image_size, flags.lcnn, quiet=True)
+            load_weights(model, saved["model"], path, flags.model_arch)
             if first:
                 write_report(files, saved["metrics"], model)  # a kill may have come before it
             return path
 
-    model = build_network(flags, num_classes).to(flags.device)
-    if not outside:  # others may count on the usual layout
-        model = model.to(memory_format=torch.channels_last)
-    else:
+    model = build_network(flags.model_arch, num_classes, flags.image_size, flags.lcnn).to(flags.device)
+    if outside:
         forward(model, to_pixels(data.train.images[:2]), num_classes, flags.model_arch)  # its mistakes in one line
     set_batchnorm_momentum(model, flags.bn_momentum)
     set_precision(model, flags.precision, flags.device)
@@ -244,7 +224,7 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
 
     metrics = []
     if saved:
-        load_state(model, saved["model"], path, flags.model_arch)
+        load_weights(model, saved["model"], path, flags.model_arch)
         load_optimizer_state(optimizer, saved.get("optimizer"), path)
         metrics = saved["metrics"]
         print(f"resuming {files.unfinished} after epoch {saved['epoch']}")
@@ -264,8 +244,6 @@ def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) 
     }
     attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
     gradients = Gradients(loss, model, find_unused=outside)
-    if flags.cuda_graph:
-        gradients = CapturedGradients(gradients, model)
     num_steps = -(-len(data.train) // flags.batch_size)
     # without gradients a batch takes a fraction of the memory that it takes in training
     evaluation_batch = min(256, 4 * max(1, flags.batch_size // distributed.world_size()))

@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import PeakMemory, interleaved  # noqa: E402
+from curvature.derivatives import DoubleBackwardHessian, InputHessian, input_hessian  # noqa: E402
+from curvature.eigenvalues import methods  # noqa: E402
+from curvature.estimate import estimate_curvature, starting_vectors  # noqa: E402
+from curvature.folding import fold  # noqa: E402
 from data.batches import to_pixels  # noqa: E402
 from data.datasets import load_dataset  # noqa: E402
-from models.folding import fold  # noqa: E402
-from utils.checkpoint import build_model, read_checkpoint  # noqa: E402
-from utils.curvature import estimate_curvature, starting_vectors  # noqa: E402
-from utils.derivatives import DoubleBackwardHessian, InputHessian, input_hessian  # noqa: E402
-from utils.eigenvalues import methods  # noqa: E402
+from models.checkpoint import build_model, read_checkpoint  # noqa: E402
 
 TEXTBOOK_ITERATIONS = 10  # the reference code's default; with its last Rayleigh quotient 11 products
 TRUTH = {"num_iterations": 300, "tol": 1e-5}

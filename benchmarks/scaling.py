@@ -26,8 +26,8 @@ from data.batches import Split, training_batches  # noqa: E402
 from models.model_selector import model_architecture  # noqa: E402
 from regularized_loss import regularizers  # noqa: E402
 from train_models import build_parser  # noqa: E402
+from training.epoch import Gradients, build_optimizer, train_epoch  # noqa: E402
 from utils import cli, distributed  # noqa: E402
-from utils.training import Gradients, build_optimizer, train_epoch  # noqa: E402
 
 CLASSES, SIZE = 10, 32
 METHODS = {"Standard": ("resnet18", "none"), "LCNN + GradReg": ("resnet18lcnn", "curvature_and_gnorm")}

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 from benchmarks import textbook  # noqa: E402
 from benchmarks.measure import PeakMemory, interleaved  # noqa: E402
 from experiments import compare_methods  # noqa: E402
 from models.model_selector import model_architecture  # noqa: E402
 from regularized_loss import regularizers  # noqa: E402
 from train_models import build_parser  # noqa: E402
+from training.attacks import PGD, adversarial_images  # noqa: E402
+from training.epoch import Gradients, build_optimizer  # noqa: E402
 from utils import cli  # noqa: E402
-from utils.attacks import PGD, adversarial_images  # noqa: E402
-from utils.cuda_graph import CapturedGradients  # noqa: E402
 from utils.precision import PRECISIONS, set_precision, set_tf32  # noqa: E402
-from utils.training import Gradients, build_optimizer  # noqa: E402
 
 CLASSES, SIZE = 10, 32
 # convolution passes over the network in a step: forward, gradient for the input, gradient for the weight
@@ -82,13 +82,11 @@ def our_model(arch: str, flags: argparse.Namespace) -> nn.Module:
 
 
 def our_step(
-    arch: str, regularizer: str, flags: argparse.Namespace, adversarial=False, precision="fp32", graph=False
+    arch: str, regularizer: str, flags: argparse.Namespace, adversarial=False, precision="fp32"
 ) -> Callable[[], None]:
     model = our_model(arch, flags)
     set_precision(model, precision, flags.device)
     gradients = Gradients(regularizers[regularizer](model, build_parser().parse_args([])), model)
-    if graph:
-        gradients = CapturedGradients(gradients, model)
     optimizer = build_optimizer(model, 1e-3, 0.9, 5e-4)
     images, labels = batch(flags)
 
@@ -186,11 +184,7 @@ def compare_precisions(flags: argparse.Namespace) -> None:
         errors = gradient_errors(arch, loss, precisions, flags)
         print(f"  {arch + ' ' + loss:<42}" + "".join(f"{error:>10.1e}" for error in errors))
     for arch, loss in (("resnet18", "none"), ("resnet18lcnn", "curvature_and_gnorm")):
-        variants = {
-            f"{precision}{' as a graph' if graph else ''}": our_step(arch, loss, flags, False, precision, graph)
-            for precision in precisions
-            for graph in ((False, True) if cuda else (False,))
-        }
+        variants = {precision: our_step(arch, loss, flags, False, precision) for precision in precisions}
         variants["fp32, deterministic"] = deterministically(our_step(arch, loss, flags))
         seconds = interleaved(variants, flags.rounds, warm_up=5 if cuda else 1)
         print(f"\n{arch} {loss}: seconds a step, images/s")

@@ -18,16 +18,15 @@ from typing import NamedTuple
 import torch
 
 import estimate_curvature
-import evaluate_robustness
 import train_models
 from data.datasets import load_dataset
-from experiments import two_moons
+from experiments import evaluate_robustness, two_moons
 from experiments.tables import Run, draw_figures, write_tables
+from training.attacks import import_auto_attack
+from training.run_files import MACHINE_FLAGS
 from utils import cli
-from utils.attacks import import_auto_attack
 from utils.errors import UsageError, UserError
 from utils.files import write_atomically
-from utils.run_files import MACHINE_FLAGS
 
 
 class Method(NamedTuple):
@@ -227,7 +226,7 @@ def compare(flags: argparse.Namespace) -> None:
     else:
         flags.output_dir.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"torch": torch.__version__, "settings": settings}, indent=1)
-        write_atomically(recorded, lambda file: file.write(content.encode()))
+        write_atomically(recorded, content.encode())
 
     seeds = range(flags.prng_seed, flags.prng_seed + flags.num_seeds)
     todo = [(method, seed) for seed in seeds for method in METHODS if method in (flags.methods or METHODS)]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from curvature.pictures import plot_measurements
+from curvature.results import QUANTITIES, Measurement, read_measurements, summarize
+from experiments.robustness import ATTACKS, STABILITY, plot_robustness
 from utils.errors import UserError
 from utils.files import write_atomically, write_csv
-from utils.plots import ATTACKS, plot_measurements, plot_robustness
-from utils.results import QUANTITIES, Measurement, read_measurements, summarize
-from utils.robustness import STABILITY
 
 # columns of table.csv, each followed by its standard deviation over seeds, and their headings in table.md
 COLUMNS = {
@@ -56,7 +56,7 @@ class Run:
             raise UserError(f"{self.robustness} cannot be read; delete it, and it is made again") from error
 
     def robustness_summary(self) -> dict:
-        """accuracy; robust_accuracy by attack and eps; stability by kind and delta. See utils/robustness.py."""
+        """accuracy; robust_accuracy by attack and eps; stability by kind and delta. See experiments/robustness.py."""
         (model,) = self.report()["models"]
         return {name: model[name] for name in ("accuracy", "robust_accuracy", "stability")}
 
@@ -199,7 +199,7 @@ def write_tables(folder: Path, runs: Runs, settings: dict) -> None:
         rows = make_rows(runs)
         write_csv(folder / f"{name}.csv", rows)
         text = make_text(runs, rows, settings)
-        write_atomically(folder / f"{name}.md", lambda file, text=text: file.write(text.encode()))
+        write_atomically(folder / f"{name}.md", text.encode())
 
 
 def pooled(measurements: Sequence[Measurement]) -> Measurement:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from curvature.estimate import CurvatureEstimate, estimate_curvature
 from models.layers import CenteredSoftplus
 from regularized_loss import CELoss, CurvatureAndGradientRegularizedLoss
 from utils import cli
-from utils.curvature import CurvatureEstimate, estimate_curvature
 from utils.plots import new_figure, save_figure
 
 NUM_TRAIN, NUM_TEST, NOISE = 100, 1000, 0.2  # few and noisy: enough to overfit to

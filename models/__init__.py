@@ -1,1 +1,1 @@
-"""Low-curvature networks: the layers, the architectures built from them, and the selector that names them."""
+"""The networks and their layers, every network by name and every weight file; conversion; the bound."""

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
 from utils.errors import one_line
-from utils.self_check import RTOL, same, tensors
+from utils.numerics import RTOL, same, tensors
 
 # A Softplus up to the sharpness a CenteredSoftplus starts with has low curvature already, and may be needed as it is:
 # it is positive, the centered one is not. Sigmoid, Tanh and LogSigmoid (|s''| / |s'| at most 1, 2, 1) stay, too.
@@ -144,7 +144,7 @@ def low_curvature(
     Parameters keep their names, but for spectral_norm's own ``parametrizations.weight.original``.
 
     Trained weights are a start, not a solution: the network computes another function, and is meant to be trained. To
-    evaluate it as it is, or to start well, call utils.training.calibrate_batchnorm first: behind other activations and
+    evaluate it as it is, or to start well, call training.epoch.calibrate_batchnorm first: behind other activations and
     normalized layers most statistics do not fit any more. Save its state_dict; another conversion of the same
     architecture at the same input size loads it.
 

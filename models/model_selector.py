@@ -1,12 +1,16 @@
-"""The architectures by name. ``--model-arch`` and its help come from this dictionary."""
+"""Every network by name: ours, or any project's as ``package.module:callable``; and the flags that name one."""
 
+import argparse
 from functools import partial
 
+import torch
 from torch import nn
 
 from models.layers import LCNN, LOWBETA, SOFTPLUS, STANDARD, Layers
+from models.outside import build_outside_network
 from models.resnet import ResNet
 from models.vgg import VGG
+from utils.errors import UsageError
 
 
 def resnet18(num_classes: int, input_size: int = 32, *, layers: Layers) -> nn.Module:
@@ -39,3 +43,61 @@ model_architecture = {
     "resnet34lowbeta": partial(resnet34, layers=LOWBETA),
     "vgg11lowbeta": partial(vgg11, layers=LOWBETA),
 }
+
+
+def is_outside(model_arch: str | None) -> bool:
+    """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures or none."""
+    return model_arch is not None and ":" in model_arch
+
+
+def build_network(
+    model_arch: str, num_classes: int, image_size: int, lcnn: bool = False, quiet: bool = False
+) -> nn.Module:
+    """The network that --model-arch and --lcnn describe, on the CPU, with initial weights.
+
+    Args:
+        model_arch: a key of ``model_architecture``, or package.module:callable.
+        num_classes: handed to a callable that takes it.
+        image_size: height and width of the images, in pixels.
+        lcnn: make a package.module:callable's network low-curvature.
+        quiet: do not print what that replaced.
+
+    Raises:
+        UserError: if the callable cannot be found, fails, or returns no network.
+    """
+    if is_outside(model_arch):
+        return build_outside_network(model_arch, num_classes, image_size if lcnn else None, quiet)
+    # convolutions are fastest in this layout; other people's networks may count on the usual one
+    return model_architecture[model_arch](num_classes, image_size).to(memory_format=torch.channels_last)
+
+
+def architecture(text: str) -> str:
+    """An argparse type: one of ours by name, or package.module:callable."""
+    if text not in model_architecture and not is_outside(text):
+        ours = ", ".join(model_architecture)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {ours}")
+    return text
+
+
+def add_architecture_flags(group, default: str | None = None, remark: str = "") -> None:
+    """--model-arch and --lcnn, the same in every script."""
+    ours = ", ".join(model_architecture)
+    group.add_argument(
+        "--model-arch",
+        type=architecture,
+        metavar="NAME",
+        default=default,
+        help=f"{ours}; or package.module:callable, any function that returns a network{remark}",
+    )
+    group.add_argument(
+        "--lcnn",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="make the network of a package.module:callable low-curvature, see models/conversion.py (default: off)",
+    )
+
+
+def check_architecture_flags(flags: argparse.Namespace) -> None:
+    """Raise UsageError if --lcnn is given with an architecture of ours, or with none."""
+    if flags.lcnn and not is_outside(flags.model_arch):
+        raise UsageError("--lcnn is for --model-arch package.module:callable; ours are named, such as resnet18lcnn")

@@ -58,8 +58,10 @@ def photographs(tmp_path_factory) -> Path:
 
 
 def run_script(script: str, *arguments, cwd: Path | None = None, check: int | None = 0) -> subprocess.CompletedProcess:
-    """Run an entry script in a process of its own; unless check is None, insist on that exit code."""
-    command = [sys.executable, str((cwd or ROOT) / script), *map(str, arguments)]
+    """Run an entry script, or a module by its dotted name, in a process of its own; unless check is None, insist on
+    that exit code."""
+    what = [str((cwd or ROOT) / script)] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *what, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=300)
     assert check is None or result.returncode == check, result.stdout + result.stderr
     return result

@@ -14,8 +14,8 @@ import train_models
 from data.batches import Split, training_batches
 from models import model_selector
 from regularized_loss import regularizers
+from training.epoch import FiniteSteps, Gradients, NonFiniteStep, build_optimizer
 from utils import distributed
-from utils.training import FiniteSteps, Gradients, NonFiniteStep, build_optimizer
 
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
 

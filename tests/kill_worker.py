@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import train_models
-from utils.checkpoint import read_checkpoint
+from models.checkpoint import read_checkpoint
 
 KILLS = 20
 

@@ -8,10 +8,10 @@ import torch
 from conftest import assert_one_line_error, run_main
 
 import estimate_curvature
-import evaluate_robustness
 import train_models
+from experiments import evaluate_robustness
+from models.checkpoint import load_model
 from models.layers import CenteredSoftplus
-from utils.checkpoint import load_model
 from utils.errors import UsageError
 
 RESNET = "torchvision.models:resnet18"
@@ -85,7 +85,7 @@ def test_weights_of_a_state_dict_go_into_the_low_curvature_version(trained, phot
     flags = ["--model-filename", tmp_path / "weights.pt", "--model-arch", RESNET, "--image-size", 32]
     flags += ["--split", "test", "--num-samples", 2, "--num-power-iter", 2]
     data = ["--dataset", "imagefolder", "--data-dir", photographs]
-    assert_one_line_error(run_main(estimate_curvature, [*flags, "--lcnn"], capsys), 2, "needs a --dataset")
+    assert_one_line_error(run_main(estimate_curvature, [*flags, "--lcnn"], capsys), 2, "give --dataset")
     result = run_main(estimate_curvature, [*flags, *data], capsys)
     assert_one_line_error(result, 1, "do not fit")  # those of another network
     result = run_main(estimate_curvature, [*flags, *data, "--lcnn"], capsys)

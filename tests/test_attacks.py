@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from curvature.estimate import measurable
 from data.batches import Batch
 from models.layers import LCNN
 from models.resnet import ResNet
-from utils.attacks import (
+from training.attacks import (
     PGD,
     adversarial_batches,
     adversarial_images,
@@ -20,7 +21,6 @@ from utils.attacks import (
     project,
     strongest,
 )
-from utils.curvature import measurable
 from utils.errors import UserError
 
 SHAPE = (2, 3, 4)  # of an image: 24 pixels

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from curvature.estimate import estimate_curvature
+from curvature.pictures import plot_layers
 from models.bound import LayerRow, LayerTable, format_layers, layer_table, log_curvature_bound
 from models.layers import LCNN, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
 from models.resnet import ResNet
-from utils.curvature import estimate_curvature
-from utils.plots import plot_layers
 
 
 def of_type(model: nn.Module, layer_type: type) -> Iterator[nn.Module]:

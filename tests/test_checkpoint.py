@@ -5,10 +5,9 @@ import torch
 from conftest import assert_one_line_error, run_main
 
 import estimate_curvature
+from models.checkpoint import load_model, save_checkpoint
 from models.model_selector import model_architecture
-from utils.checkpoint import load_model, save_checkpoint
 from utils.errors import UsageError, UserError
-from utils.files import write_atomically
 
 
 def checkpoint_of(model: torch.nn.Module, arch: str = "vgg11") -> dict:
@@ -70,7 +69,7 @@ def test_load_model_errors(path, tmp_path, model):
         load_model(tmp_path / "absent.pt")
     for length in (0, 1, 1000, path.stat().st_size - 5000):
         (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:length])
-        with pytest.raises(UserError, match=r"cut\.pt: not a readable checkpoint"):
+        with pytest.raises(UserError, match=r"cut\.pt: not readable weights"):
             load_model(tmp_path / "cut.pt")
     for foreign in ({0: torch.zeros(3)}, {"format": "lcnn", "version": 1}, {"format": "lcnn", "version": 2}):
         torch.save(foreign, tmp_path / "odd.pt")
@@ -78,16 +77,16 @@ def test_load_model_errors(path, tmp_path, model):
             load_model(tmp_path / "odd.pt")
     for name, value in (("image_size", 20), ("model", {"classifier.bias": torch.zeros(2, dtype=torch.int64)})):
         save_checkpoint(tmp_path / "odd.pt", checkpoint_of(model) | {name: value})
-        with pytest.raises(UserError, match="do not fit"):
+        with pytest.raises(UserError, match=r"do not fit"):
             load_model(tmp_path / "odd.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     with pytest.raises(UserError, match=r"foreign\.pt: neither"):
         load_model(tmp_path / "foreign.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="another program's"):
+    with pytest.raises(UserError, match="holds no state_dict"):
         load_model(tmp_path / "list.pt")
     save_checkpoint(tmp_path / "wrong.pt", checkpoint_of(model, "resnet18"))
-    with pytest.raises(UserError, match="do not fit a resnet18"):
+    with pytest.raises(UserError, match="do not fit resnet18"):
         load_model(tmp_path / "wrong.pt")
 
 
@@ -100,20 +99,6 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path):
     with pytest.raises(UserError, match="not plain tensors"):
         load_model(tmp_path / "hostile.pt")
     assert not (tmp_path / "created").exists()
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(file):
-        file.write(b"half")
-        raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError, match="on fire"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_estimate_refuses_files_in_one_line(path, tmp_path, capsys):

@@ -14,9 +14,9 @@ from conftest import ROOT, SHARED, TwoBlocks, assert_one_line_error, run_main, r
 
 import estimate_curvature
 import train_models
+from models.checkpoint import load_model
 from models.model_selector import model_architecture
 from regularized_loss import regularizers
-from utils.checkpoint import load_model
 
 
 def tiny_run(photographs, output, *flags) -> list[str]:
@@ -281,7 +281,7 @@ def test_the_readmes_own_loss(photographs, tmp_path):
     """README, "Writing your own loss": its class and its line, put into a copy of the project as it says."""
     section = (ROOT / "README.md").read_text().split("## Writing your own loss")[1].split("\n## ")[0]
     loss_class, registry_line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    for part in ("models", "data", "utils"):
+    for part in ("curvature", "data", "models", "training", "utils"):
         shutil.copytree(ROOT / part, tmp_path / part)
     for part in ("train_models.py", "estimate_curvature.py"):
         shutil.copy(ROOT / part, tmp_path)

@@ -13,14 +13,14 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import StochasticDepth
 
+from curvature.estimate import estimate_curvature
+from curvature.self_check import check_model
 from models.conversion import ConversionReport, low_curvature
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
 from regularized_loss import CurvatureAndGradientRegularizedLoss
 from tests.test_layers import dense_matrix
-from utils.curvature import estimate_curvature
-from utils.self_check import check_model
-from utils.training import calibrate_batchnorm
+from training.epoch import calibrate_batchnorm
 
 ONLY_ACTIVATIONS = {"convolutions": False, "linears": False, "batchnorms": False}
 

@@ -1,7 +1,5 @@
 """Training on a GPU: nothing waits for the host, and a captured step is the step."""
 
-import copy
-
 import pytest
 import torch
 from conftest import run_main
@@ -10,11 +8,10 @@ import train_models
 from data.batches import Split, training_batches
 from models.model_selector import model_architecture
 from regularized_loss import regularizers
+from training.attacks import PGD, adversarial_batches
+from training.epoch import Gradients, build_optimizer, train_epoch
 from utils import cli
-from utils.attacks import PGD, adversarial_batches
-from utils.cuda_graph import CapturedGradients
 from utils.precision import PRECISIONS, set_precision
-from utils.training import Gradients, build_optimizer, train_epoch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -60,27 +57,7 @@ def test_an_epoch_does_not_wait_for_the_host(precision, regularizer, determinist
     train_epoch(model, gradients, optimizer, watched())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("regularizer", ["none", "curvature_and_gnorm", "cure"])
-def test_a_captured_step_is_the_step_bit_for_bit(precision, regularizer):
-    cli.seed_everything(0, strong_determinism=True)
-    states, terms = [], []
-    for captured in (False, True):
-        model, gradients, optimizer = build("resnet18lcnn", regularizer, precision)
-        if captured:
-            gradients = CapturedGradients(gradients, model)
-        for epoch in (1, 2):  # 4 batches of 16 and one of 6
-            optimizer.param_groups[0]["lr"] = 0.01 / epoch
-            found = train_epoch(model, gradients, optimizer, training_batches(split(), 16, 0, epoch))
-        states.append(copy.deepcopy(model.state_dict()))
-        terms.append(found)
-    assert gradients.graph is not None
-    assert terms[0] == terms[1]
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
-
-
-@pytest.mark.parametrize("more", [[], ["--cuda-graph", "--precision", "bf16", "--no-strong-determinism-wanted"]])
+@pytest.mark.parametrize("more", [[], ["--precision", "bf16", "--no-strong-determinism-wanted"]])
 def test_a_run_on_a_gpu(photographs, tmp_path, capsys, more):
     flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 4]
     flags += ["--model-arch", "resnet18lcnn", "--regularizer", "curvature_and_gnorm", "--batch-size", 12, "--lr", 0.01]

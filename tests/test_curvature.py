@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from estimate_curvature import estimate_curvature
+from curvature.eigenvalues import methods
+from curvature.estimate import CurvatureEstimate, estimate_curvature, starting_vectors
+from curvature.results import example_generators
+from curvature.subjects import choose_examples
 from models.layers import CenteredSoftplus
 from models.model_selector import model_architecture
-from utils.curvature import CurvatureEstimate, starting_vectors
-from utils.eigenvalues import methods
-from utils.measurement import example_generators
-from utils.subjects import choose_examples
 
 
 def small_model(activation=nn.Tanh) -> nn.Module:

@@ -5,12 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.folding import fold
-from models.layers import STANDARD, CenteredSoftplus, LipschitzBatchNorm2d
-from models.model_selector import model_architecture
-from models.resnet import ResidualBlock
-from utils.curvature import measurable
-from utils.derivatives import (
+from curvature.derivatives import (
     DoubleBackwardHessian,
     FoldedHessian,
     cross_entropy,
@@ -18,6 +13,11 @@ from utils.derivatives import (
     cross_entropy_hessian_product,
     input_hessian,
 )
+from curvature.estimate import measurable
+from curvature.folding import fold
+from models.layers import STANDARD, CenteredSoftplus, LipschitzBatchNorm2d
+from models.model_selector import model_architecture
+from models.resnet import ResidualBlock
 
 
 def lively(arch: str, input_size: int = 16, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_main
 
 import train_models
+from models.checkpoint import read_checkpoint
 from tests.distributed_worker import gradients_of_every_loss
-from utils.checkpoint import read_checkpoint
 
 WORKER = ROOT / "tests" / "distributed_worker.py"
 TIMEOUT = 240
@@ -127,7 +127,7 @@ def test_a_refused_run_is_refused_once(photographs, tmp_path):
     assert "--overwrite" in result.stderr
 
 
-@pytest.mark.parametrize("flag", ["--cuda-graph", "--precision=tf32"])
+@pytest.mark.parametrize("flag", ["--precision=tf32"])
 def test_what_needs_a_gpu_is_refused_without_one(photographs, tmp_path, flag, capsys):
     result = run_main(train_models, [*training_flags(photographs, tmp_path), flag], capsys)
     assert_one_line_error(result, 2, "CUDA device")

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 
-from utils.eigenvalues import hutchinson_trace, lanczos, methods, orthogonalize, power_method
+from curvature.eigenvalues import hutchinson_trace, lanczos, methods, orthogonalize, power_method
 
 
 class Dense:

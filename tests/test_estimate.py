@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, SHARED, assert_one_line_error, run_main, run_script
 
 import estimate_curvature
+from curvature.estimate import estimate_curvature as estimate
+from curvature.results import Measurement, format_measurement, read_measurements, summarize, write_measurements
 from tests.test_distributed import finish, launch
-from utils.curvature import estimate_curvature as estimate
-from utils.results import Measurement, format_measurement, read_measurements, summarize, write_measurements
 
 OUTSIDE = '''
 import torch
@@ -172,7 +172,6 @@ def test_outside_models_are_refused_in_one_line(folder, photographs, flags, code
     [
         (["--model-arch", "my_models:ready"], 2, ["--dataset"]),
         (["--model-arch", "resnet99"], 2, ["resnet99", "package.module:callable"]),
-        (["--model-filename", "x.pt", "--image-size", "32"], 2, ["--image-size"]),
         (["--model-filename", "x.pt", "--num-samples", "3", "--data-fraction", "0.5"], 2, ["--data-fraction"]),
         (["--model-filename", "x.pt", "--method", "magic"], 2, ["magic", "lanczos"]),
         (["--model-filename", "x.pt", "--method", "power", "--top-k", "2"], 2, ["--top-k", "lanczos"]),

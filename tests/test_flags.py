@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import estimate_curvature
-import evaluate_robustness
 import train_models
+from curvature.results import read_measurements
 from data import datasets as data_module
 from data.batches import Split
 from data.datasets import DatasetEntry, ImageData, resize
+from experiments import evaluate_robustness
 from models import model_selector
 from models.layers import LCNN, SOFTPLUS, STANDARD, Layers, conv_norm
-from utils.results import read_measurements
 
 NUMBERS = [
     "0",

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 
 import estimate_curvature as estimate_curvature_script
+from curvature.estimate import estimate_curvature
+from models.checkpoint import load_model
 from models.layers import SpectralNormConv2d
 from models.model_selector import model_architecture
+from models.reference import our_key
 from regularized_loss import (
     CELoss,
     CurvatureAndGradientRegularizedLoss,
     CurvatureRegularizedLoss,
     GradNormRegularizedLoss,
 )
-from utils.checkpoint import load_model
-from utils.curvature import estimate_curvature
 from utils.errors import UsageError, UserError
-from utils.reference_checkpoint import our_key
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["resnet18", "resnet18lcnn", "vgg11lcnn"]

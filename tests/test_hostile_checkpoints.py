@@ -11,8 +11,8 @@ import torch
 from conftest import assert_one_line_error, run_main
 
 import estimate_curvature
+from models.checkpoint import load_model, save_checkpoint
 from models.model_selector import model_architecture
-from utils.checkpoint import load_model, save_checkpoint
 from utils.errors import UserError
 
 SECONDS, MIB = 2, 200
@@ -88,14 +88,6 @@ def test_two_hundred_flipped_bits(small, tmp_path):
 BIAS = "classifier.bias"
 
 
-def doubled(times: int) -> list:
-    """A list that holds a list twice, that holds a list twice, ...: small, and endless to those who walk all of it."""
-    inner: list = []
-    for _ in range(times):
-        inner = [inner, inner]
-    return inner
-
-
 def state_of(**changes) -> dict:
     return dict(model_architecture["vgg11"](10, 16).state_dict()) | changes
 
@@ -109,10 +101,10 @@ def state_of(**changes) -> dict:
         (lambda: contents(state_of(extra=torch.zeros(1))), "Unexpected key"),
         (lambda: contents({k: v.to(torch.int32) for k, v in state_of().items()}), "is of torch.int32"),
         (lambda: contents(state_of(**{BIAS: torch.zeros(10, dtype=torch.complex64)})), "is of torch.complex64"),
-        (lambda: contents(state_of(**{BIAS: "zeros"})), "do not fit"),
+        (lambda: contents(state_of(**{BIAS: "zeros"})), "holds no state_dict"),
         (lambda: contents([1, 2]), "model is no dict"),
-        (lambda: contents(state_of(**{BIAS: torch.zeros(10).to_sparse()})), "not plain tensors"),
-        (lambda: contents(state_of(**{BIAS: torch.zeros(10, device="meta")})), "not plain tensors"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10).to_sparse()})), "holds no state_dict"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10, device="meta")})), "holds no state_dict"),
         (lambda: contents(state_of(**{BIAS: torch.full((10,), torch.nan)})), "not all finite"),
         (lambda: contents(state_of(**{BIAS: torch.full((10,), torch.inf)})), "not all finite"),
         (lambda: contents(state_of(), image_size=-16), "image size is -16"),
@@ -126,10 +118,9 @@ def state_of(**changes) -> dict:
         (lambda: contents(state_of(), flags={"data_dir": 7}), "data_dir"),
         (lambda: contents(state_of(), flags={"data_dir": "a\0b"}), "data_dir"),
         (lambda: contents(state_of(), metrics=7), "metrics is no list"),
-        (lambda: contents(state_of(), class_names=doubled(40), num_classes="ten"), "num_classes is no int"),
-        (lambda: [1, 2], "another program's"),
-        (lambda: torch.zeros(3), "another program's"),
-        (lambda: {"state": {"weights": torch.zeros(3)}}, "another program's"),
+        (lambda: [1, 2], "holds no state_dict"),
+        (lambda: torch.zeros(3), "holds no state_dict"),
+        (lambda: {"state": {"weights": torch.zeros(3)}}, "holds no state_dict"),
         (lambda: {"fc.weight": torch.zeros(3, 3)}, "neither a checkpoint"),
     ],
 )
@@ -150,20 +141,6 @@ def test_no_file_of_ours_at_all(tmp_path, capsys):
     for name in ("empty", "folder", "text", "zip", "absent"):
         result = run_main(estimate_curvature, ["--model-filename", tmp_path / f"{name}.pt"], capsys)
         assert_one_line_error(result, 1, f"{name}.pt")
-
-
-def test_a_small_file_that_unpacks_to_much(tmp_path):
-    """Zeros compress a thousandfold: torch.save does not compress, and what does is not let in."""
-    torch.save(contents({"weights": torch.zeros(100_000_000)}), tmp_path / "large.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "large.pt") as large,
-        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
-    ):
-        for info in large.infolist():
-            bomb.writestr(info.filename, large.read(info))
-    (tmp_path / "large.pt").unlink()
-    assert (tmp_path / "bomb.pt").stat().st_size < 2**20
-    assert refusal(tmp_path / "bomb.pt")
 
 
 def test_a_view_that_is_larger_than_its_storage(tmp_path):

@@ -20,7 +20,7 @@ from regularized_loss import (
     GradNormRegularizedLoss,
     regularizers,
 )
-from utils.training import Gradients, build_optimizer, train_epoch
+from training.epoch import Gradients, build_optimizer, train_epoch
 
 
 @pytest.fixture

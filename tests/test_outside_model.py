@@ -7,8 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
+from models.checkpoint import build_model, read_checkpoint
+from models.model_selector import is_outside
 from utils.errors import UsageError, UserError
-from utils.outside_model import build_outside_model, is_outside
 
 USER_FILE = """
 import torch
@@ -71,6 +72,12 @@ def user_file(tmp_path, monkeypatch):
     sys.modules.pop("my_models", None)
 
 
+def build(arch: str, path, num_classes: int) -> nn.Module:
+    """The network with the weights at path, or with those it comes with."""
+    checkpoint = read_checkpoint(path, arch) if path else {"model_arch": arch}
+    return build_model(checkpoint, path or arch, arch, num_classes, 32)
+
+
 def save(path, content):
     torch.save(content, path)
     return path
@@ -92,13 +99,13 @@ def test_a_colon_makes_it_an_outside_model():
     [("Small", 4), ("ten", 10), ("any_keyword", 4), ("Factories.ten", 10)],
 )
 def test_num_classes_goes_to_whoever_takes_it(user_file, function, classes):
-    model = build_outside_model(f"my_models:{function}", None, 4)
+    model = build(f"my_models:{function}", None, 4)
     assert model(torch.rand(2, 3, 8, 8)).shape == (2, classes)
     assert not model.training
 
 
 def test_keywords_that_are_handed_on_to_something_without_num_classes(user_file):
-    assert isinstance(build_outside_model("my_models:keywords_elsewhere", None, 4), nn.Conv2d)
+    assert isinstance(build("my_models:keywords_elsewhere", None, 4), nn.Conv2d)
 
 
 def test_torchvision_model_with_a_plain_state_dict(tmp_path):
@@ -107,36 +114,36 @@ def test_torchvision_model_with_a_plain_state_dict(tmp_path):
     trained.bn1.running_mean.uniform_()  # buffers count, too
     path = save(tmp_path / "weights.pt", trained.state_dict())
     x = torch.rand(2, 3, 32, 32)
-    model = build_outside_model("torchvision.models:resnet18", path, 10)
+    model = build("torchvision.models:resnet18", path, 10)
     assert torch.equal(model(x), trained(x))
     assert not any(module.training for module in model.modules())
     with pytest.raises(UserError, match=r"weights\.pt: the weights do not fit .*resnet18 with 100 classes") as error:
-        build_outside_model("torchvision.models:resnet18", path, 100)
+        build("torchvision.models:resnet18", path, 100)
     assert_one_line(error)
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict", "net"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_wrapped_state_dicts(user_file, wrapper, prefix):
-    trained = build_outside_model("my_models:ten", None, 10)
+    trained = build("my_models:ten", None, 10)
     state = {prefix + key: value for key, value in trained.state_dict().items()}
     path = save(user_file / "weights.pt", {wrapper: state, "epoch": 3, "best": 0.9} if wrapper else state)
     x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(build_outside_model("my_models:ten", path, 10)(x), trained(x))
+    assert torch.equal(build("my_models:ten", path, 10)(x), trained(x))
 
 
 def test_a_layer_of_the_models_own_called_module_is_no_prefix(user_file):
-    trained = build_outside_model("my_models:Holder", None, 10)
+    trained = build("my_models:Holder", None, 10)
     path = save(user_file / "weights.pt", trained.state_dict())
-    model = build_outside_model("my_models:Holder", path, 10)
+    model = build("my_models:Holder", path, 10)
     assert torch.equal(model.module[0].weight, trained.module[0].weight)
 
 
 def test_the_model_takes_the_dtype_of_its_weights(user_file):
-    trained = build_outside_model("my_models:ten", None, 10).double()
+    trained = build("my_models:ten", None, 10).double()
     path = save(user_file / "weights.pt", trained.state_dict())
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    assert torch.equal(build_outside_model("my_models:ten", path, 10)(x), trained(x))
+    assert torch.equal(build("my_models:ten", path, 10)(x), trained(x))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_names_of_nothing_that_builds_a_model(user_file, arch, words):
     (user_file / "broken.py").write_text("def model(:\n")
     (user_file / "script.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UsageError, match=words) as error:
-        build_outside_model(arch, None, 10)
+        build(arch, None, 10)
     assert_one_line(error)
 
 
@@ -171,23 +178,23 @@ def test_names_of_nothing_that_builds_a_model(user_file, arch, words):
 )
 def test_functions_that_fail(user_file, function, words):
     with pytest.raises(UserError, match=words) as error:
-        build_outside_model(f"my_models:{function}", None, 10)
+        build(f"my_models:{function}", None, 10)
     assert error.value.exit_code == 1
     assert_one_line(error)
 
 
 def test_files_that_are_damaged_or_hold_no_fitting_weights(user_file):
-    model = build_outside_model("my_models:ten", None, 10)
+    model = build("my_models:ten", None, 10)
     state = model.state_dict()
     whole = save(user_file / "whole.pt", state).read_bytes()
 
     def refused(path, words):
         with pytest.raises(UserError, match=words) as error:
-            build_outside_model("my_models:ten", path, 10)
+            build("my_models:ten", path, 10)
         assert error.value.exit_code == 1
         assert_one_line(error)
 
-    refused(user_file / "absent.pt", r"absent\.pt: no such weights file")
+    refused(user_file / "absent.pt", r"absent\.pt: no such file")
     for length in (0, 1, 1000, len(whole) - 500):
         (user_file / "cut.pt").write_bytes(whole[:length])
         refused(user_file / "cut.pt", r"cut\.pt: not readable weights.*state_dict\(\)")
@@ -209,5 +216,5 @@ def test_a_pickle_that_runs_code_is_not_run(user_file):
             return open, (str(user_file / "created"), "w")
 
     with pytest.raises(UserError, match="not plain tensors"):
-        build_outside_model("my_models:ten", save(user_file / "hostile.pt", {"model": Payload()}), 10)
+        build("my_models:ten", save(user_file / "hostile.pt", {"model": Payload()}), 10)
     assert not (user_file / "created").exists()

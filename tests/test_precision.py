@@ -8,13 +8,13 @@ from conftest import assert_one_line_error, run_main
 from torch import nn
 
 import train_models
+from models.checkpoint import read_checkpoint
 from models.layers import LCNN
 from models.model_selector import model_architecture
 from models.resnet import ResNet
 from regularized_loss import regularizers
-from utils.checkpoint import read_checkpoint
+from training.epoch import Gradients
 from utils.precision import precision_of_the_process, set_precision
-from utils.training import Gradients
 
 CPU = torch.device("cpu")
 

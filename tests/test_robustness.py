@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from conftest import assert_one_line_error, run_main, run_script
 from torch import nn
 
-import evaluate_robustness
 import train_models
+from curvature.estimate import measurable
+from experiments import evaluate_robustness
+from experiments.robustness import RobustnessSettings, examine, gradient_stability, input_gradient_of, withstood
 from models.layers import LCNN
 from models.resnet import ResNet
-from utils.attacks import PGD, strongest
-from utils.curvature import measurable
-from utils.robustness import RobustnessSettings, examine, gradient_stability, input_gradient_of, withstood
+from training.attacks import PGD, strongest
 
 
 class Quadratic(nn.Module):
@@ -175,7 +175,7 @@ def test_the_script_on_real_images(checkpoint, tmp_path, capsys):
     table, picture = tmp_path / "r.csv", tmp_path / "r.png"
     copy = shutil.copy(checkpoint, tmp_path / "copy.pt")
     files = ["--model-filename", checkpoint, copy]
-    run_script("evaluate_robustness.py", *files, *SMALL, "--output", table, "--plot", picture)
+    run_script("experiments.evaluate_robustness", *files, *SMALL, "--output", table, "--plot", picture)
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 12
@@ -237,8 +237,8 @@ def test_outside_models_and_self_checks(photographs, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["nothing to examine"]),
-        (["--model-arch", "resnet18"], ["nothing to examine"]),
+        ([], ["nothing to measure"]),
+        (["--model-arch", "resnet18"], ["nothing to measure"]),
         (["--model-filename", "x.pt", "--lcnn"], ["--lcnn is for"]),
         (["--model-filename", "x.pt", "--output", "x.txt"], ["must end in .csv"]),
         (["--model-filename", "x.pt", "--plot", "x.jpg"], ["must end in .png"]),

@@ -7,9 +7,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.curvature import estimate_curvature
+from curvature.estimate import estimate_curvature
+from curvature.self_check import check_model
 from utils.errors import UserError
-from utils.self_check import check_model
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ import torch
 from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script
 
 import train_models
+from curvature.estimate import estimate_curvature
+from models.checkpoint import read_checkpoint
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import read_metrics, states_equal
-from utils.checkpoint import read_checkpoint
-from utils.curvature import estimate_curvature
+from training.epoch import FiniteSteps, NonFiniteStep, build_optimizer
+from utils.errors import UserError
 from utils.files import write_atomically
-from utils.training import FiniteSteps, NonFiniteStep, build_optimizer
 
 # small, but with enough weights that its checkpoint takes a while to write
 SMALL_NET = """
@@ -93,32 +94,6 @@ def test_a_signal_keeps_the_finished_epochs_and_prints_how_to_go_on(how, code, w
     again = run_main(train_models, [*flags, "--overwrite", "--num-epochs", "1"], capsys)
     assert "epoch 1/1" in again.stdout
     assert not unfinished.exists()
-
-
-@pytest.mark.parametrize("at", range(5))
-def test_a_signal_during_a_write_is_a_signal(at, tmp_path):
-    """torch.save answers an exception amid its writing with one of its own."""
-    path, content = tmp_path / "file", {i: torch.zeros(10_000) for i in range(5)}
-    path.write_bytes(b"old")
-
-    def write(file):
-        calls, own_write = iter(range(1000)), file.write
-
-        class Interrupted:
-            def write(self, part):
-                if next(calls) == at:
-                    signal.raise_signal(signal.SIGINT)
-                return own_write(part)
-
-            def flush(self):
-                file.flush()
-
-        torch.save(content, Interrupted())
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, write)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(small_run, monkeypatch, capsys):
@@ -251,8 +226,9 @@ def test_no_room_at_all(small_run, monkeypatch, capsys):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(Exception, match="No space left"):
-        write_atomically(path, full)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 

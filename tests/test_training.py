@@ -9,7 +9,7 @@ from torch import nn
 from data.batches import Split
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
-from utils.training import build_optimizer, calibrate_batchnorm, evaluate, learning_rate, load_optimizer_state
+from training.epoch import build_optimizer, calibrate_batchnorm, evaluate, learning_rate, load_optimizer_state
 
 
 def test_beta_and_gamma_have_no_weight_decay_and_everything_else_has():

@@ -1,1 +1,1 @@
-"""What the entry scripts are made of: training, checkpoints, curvature, pictures and the command line."""
+"""The ground, which knows nothing of ours: command line, errors, files, progress, precision, processes, numerics."""

@@ -12,9 +12,7 @@ from fractions import Fraction
 
 import torch
 
-from models.model_selector import model_architecture
 from utils.errors import Terminated, UsageError, UserError, one_line
-from utils.outside_model import is_outside
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -79,38 +77,6 @@ def pixel_distance(text: str) -> float:
     if not 0 < value <= 1e9:
         raise argparse.ArgumentTypeError(f"must be more than 0 and at most 1e9, not {text}")
     return value
-
-
-def architecture(text: str) -> str:
-    """An argparse type: one of ours by name, or package.module:callable."""
-    if text not in model_architecture and not is_outside(text):
-        ours = ", ".join(model_architecture)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {ours}")
-    return text
-
-
-def add_architecture_flags(group, default: str | None = None, remark: str = "") -> None:
-    """--model-arch and --lcnn, the same in every script."""
-    ours = ", ".join(model_architecture)
-    group.add_argument(
-        "--model-arch",
-        type=architecture,
-        metavar="NAME",
-        default=default,
-        help=f"{ours}; or package.module:callable, any function that returns a network{remark}",
-    )
-    group.add_argument(
-        "--lcnn",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="make the network of a package.module:callable low-curvature, see models/conversion.py (default: off)",
-    )
-
-
-def check_architecture_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError if --lcnn is given with an architecture of ours, or with none."""
-    if flags.lcnn and not is_outside(flags.model_arch):
-        raise UsageError("--lcnn is for --model-arch package.module:callable; ours are named, such as resnet18lcnn")
 
 
 def device(text: str) -> torch.device:

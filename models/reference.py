@@ -5,6 +5,7 @@ convolution of the first block, 25 a VGG's last layer.
 """
 
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -86,19 +87,19 @@ def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int,
             state[f"{name}.v"] = layer.v
 
 
-def convert_reference_checkpoint(state: dict[str, Tensor]) -> dict:
+def convert_reference_checkpoint(state: dict[str, Tensor], path: str | Path) -> dict:
     """A bare state_dict saved by the reference as a checkpoint of ours: architecture, sizes and model state.
 
     The VGGs share one activation there, saved under several names with one beta; each of ours gets that beta.
 
     Raises:
-        UserError: if the keys are not those of any of the reference's architectures.
+        UserError: naming the file at path, if the keys are not those of any of the reference's architectures.
     """
     arch = reference_architecture(state)
     if arch is None:
         raise UserError(
-            "neither a checkpoint of this program nor a state_dict of the reference code's networks; for any other "
-            "model estimate_curvature.py needs --model-arch package.module:callable"
+            f"{path}: neither a checkpoint of this program nor a state_dict of the reference code's networks; for any "
+            "other network give --model-arch package.module:callable"
         )
     converted = {our_key(key, arch): value for key, value in state.items()}
     if not arch.endswith("lcnn"):  # the reference's standard networks carry a gamma that nothing uses
@@ -109,5 +110,5 @@ def convert_reference_checkpoint(state: dict[str, Tensor]) -> dict:
         if arch.endswith("lcnn"):
             adapt_strided_vectors(converted, arch, num_classes, input_size)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"is not a complete state_dict of the reference's {arch} ({one_line(error)})") from error
+        raise UserError(f"{path}: not a complete state_dict of the reference's {arch} ({one_line(error)})") from error
     return {"model_arch": arch, "num_classes": num_classes, "image_size": input_size, "model": converted}

@@ -1,6 +1,5 @@
-"""Models this project did not build: named as "package.module:callable", with weights in a plain state_dict."""
+"""Networks this project did not build, named as "package.module:callable"."""
 
-import functools
 import importlib
 import inspect
 import sys
@@ -15,20 +14,18 @@ from torch import Tensor, nn
 
 from models.conversion import low_curvature
 from utils.errors import UsageError, UserError, one_line
-from utils.files import read_tensors
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
-REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
-PARALLEL = "module."  # DataParallel's prefix to every key
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def is_outside(model_arch: str | None) -> bool:
-    """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures or none."""
-    return model_arch is not None and ":" in model_arch
-
-
-OWN_NAMES = ("models", "utils", "data")  # our packages, which a user's project may well have, too
+OWN_NAMES = (
+    "curvature",
+    "data",
+    "experiments",
+    "models",
+    "training",
+    "utils",
+)  # our packages, which a user's project may well have, too
 
 
 @contextmanager
@@ -102,46 +99,6 @@ def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
     return builder()
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state_dict in a file, bare or under one of ``WRAPPERS``.
-
-    Raises:
-        UserError: if there is no such file, it is damaged, or it holds no state_dict.
-    """
-    content = read_tensors(Path(path), "weights", REMEDY)
-    if isinstance(content, dict):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
-    ):
-        raise UserError(f"{path}: holds no state_dict; {REMEDY}")
-    return content
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy a state_dict into the model, whose floating point dtype becomes the state_dict's (its widest).
-
-    A model on the "meta" device takes over the state_dict's tensors themselves.
-
-    Raises:
-        RuntimeError, TypeError: if a key is missing, left over, or has another shape or an impossible dtype.
-    """
-    if all(key.startswith(PARALLEL) for key in state) and not state.keys() & model.state_dict().keys():
-        state = {key.removeprefix(PARALLEL): value for key, value in state.items()}
-    for key, own in model.state_dict().items():
-        if key in state and isinstance(own, Tensor) and own.is_floating_point() != state[key].is_floating_point():
-            raise TypeError(f"{key} is of {state[key].dtype}")
-    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model.load_state_dict(state, assign=True)
-        model.to(dtype=dtype, memory_format=torch.contiguous_format)
-    else:
-        model.to(dtype=dtype).load_state_dict(state)
-
-
 def as_low_curvature(model: nn.Module, name: str, image_size: int, quiet: bool) -> nn.Module:
     """The low-curvature version for square images of that size; what was replaced is printed unless ``quiet``."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -154,25 +111,20 @@ def as_low_curvature(model: nn.Module, name: str, image_size: int, quiet: bool) 
     return model
 
 
-def build_outside_model(
-    model_arch: str, path: str | Path | None, num_classes: int, lcnn_size: int | None = None, quiet: bool = False
+def build_outside_network(
+    model_arch: str, num_classes: int, lcnn_size: int | None = None, quiet: bool = False
 ) -> nn.Module:
-    """Call what model_arch names, and load the weights at path into the model it returns.
+    """The network that package.module:callable returns, in eval mode.
 
     Args:
         model_arch: "package.module:callable"; the module is installed or a file in the current directory.
-        path: a file with the model's state_dict, bare or wrapped as training scripts do; None if the callable
-            returns the model with its weights.
         num_classes: passed to the callable if it has such a parameter.
-        lcnn_size: height and width of the images for which the model is made low-curvature, before the weights are
-            loaded; what was replaced is printed unless ``quiet``. None for the model as it is.
-
-    Returns:
-        The model in eval mode, in the dtype of its weights.
+        lcnn_size: height and width of the images for which the network is made low-curvature; what was replaced is
+            printed unless ``quiet``. None for the network as it is.
 
     Raises:
         UsageError: if model_arch names nothing that can be called, or that returns no nn.Module.
-        UserError: if the callable fails, the file is missing or damaged, or its weights do not fit the model.
+        UserError: if the callable fails.
     """
     with users_modules():
         builder = import_callable(model_arch)
@@ -184,14 +136,28 @@ def build_outside_model(
         raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
     if lcnn_size:
         model = as_low_curvature(model, model_arch, lcnn_size, quiet)
-    if path is not None:
-        state = read_state_dict(path)
-        try:
-            load_weights(model, state)
-        except Exception as error:  # the model's own code runs here, too
-            raise UserError(
-                f"{path}: the weights do not fit {model_arch} with {num_classes} classes ({one_line(error)}); "
-                "give the model or the data set they were trained for"
-            ) from error
-    model.eval()
-    return model
+    return model.eval()
+
+
+def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:
+    """The logits (N, num_classes) of a copy of the images: a model may well change its input in place."""
+    shape = tuple(images.shape)
+    try:
+        logits = model(images.clone())
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(
+            f"{name}: fails on images of shape {shape} ({one_line(error)}); mend it or give images of its size"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise UserError(f"{name}: gives a {type(logits).__name__}; return the tensor of logits alone")
+    found, expected = tuple(logits.shape), (len(images), num_classes)
+    if len(found) == 2 and found[0] == len(images) and found != expected:
+        raise UserError(
+            f"{name}: gives {found[1]} logits, the data set has {num_classes} classes; "
+            "give the data set it was trained on"
+        )
+    if found != expected or not logits.is_floating_point():
+        raise UserError(
+            f"{name}: gives {logits.dtype} {found} for images of shape {shape}; return floating point logits {expected}"
+        )
+    return logits

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.derivatives import InputHessian
+from curvature.derivatives import InputHessian
+from utils.numerics import normalize, norms
 
 ZERO_BESIDE_FIRST = 1e-3  # an eigenvalue this small beside the first need not be known to its own digits
 
@@ -27,19 +28,6 @@ class Eigenvalues:
     values: Tensor  # (N, k) signed
     residuals: Tensor  # (N, k) ||H u - lambda u|| / |lambda|, u the eigenvector found for lambda; 0 where H = 0
     products: Tensor  # (N,) products H v spent
-
-
-def norms(x: Tensor) -> Tensor:
-    """(N, ...) -> (N,): the 2-norm of each row, at any scale: squares of very small numbers would be lost."""
-    x = x.flatten(1)
-    largest = x.abs().amax(dim=1, keepdim=True)
-    return torch.linalg.vector_norm(x / torch.where(largest > 0, largest, 1), dim=1) * largest[:, 0]
-
-
-def normalize(x: Tensor) -> Tensor:
-    """(N, D): each row over its 2-norm; zero stays zero."""
-    norm = norms(x)[:, None]
-    return x / torch.where(norm > 0, norm, 1)
 
 
 class Record:

@@ -5,16 +5,15 @@ one row per image, the same row each time and whatever else is in the batch, and
 """
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.curvature import frozen_in_eval
+from models.outside import forward
 from utils.errors import UserError, one_line
+from utils.numerics import RTOL, frozen_in_eval, same, tensors
 
-RTOL = 1e-4  # of the largest logit: what the order of a sum, which varies on a GPU, may change
 TF32_EPS = 2**-10
 Calls = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]  # (layer, its how many-th call): inputs and outputs
 
@@ -49,30 +48,6 @@ def check_images(images: Tensor, name: str) -> None:
             f"{name}: the images are {images.dtype} from {low:.3g} to {high:.3g}; give floating point pixels in [0, 1] "
             "and put any normalization inside the model"
         )
-
-
-def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:
-    """The logits (N, num_classes) of a copy of the images: a model may well change its input in place."""
-    shape = tuple(images.shape)
-    try:
-        logits = model(images.clone())
-    except Exception as error:  # the user's code may raise anything
-        raise UserError(
-            f"{name}: fails on images of shape {shape} ({one_line(error)}); mend it or give images of its size"
-        ) from error
-    if not isinstance(logits, Tensor):
-        raise UserError(f"{name}: gives a {type(logits).__name__}; return the tensor of logits alone")
-    found, expected = tuple(logits.shape), (len(images), num_classes)
-    if len(found) == 2 and found[0] == len(images) and found != expected:
-        raise UserError(
-            f"{name}: gives {found[1]} logits, the data set has {num_classes} classes; "
-            "give the data set it was trained on"
-        )
-    if found != expected or not logits.is_floating_point():
-        raise UserError(
-            f"{name}: gives {logits.dtype} {found} for images of shape {shape}; return floating point logits {expected}"
-        )
-    return logits
 
 
 def check_values(logits: Tensor, name: str) -> None:
@@ -134,25 +109,7 @@ def check_differentiable(model: nn.Module, images: Tensor, num_classes: int, nam
         )
 
 
-def same(a: Tensor, b: Tensor, rtol: float) -> bool:
-    """Whether two tensors have the same shape and agree to rtol of b's largest entry in magnitude."""
-    if a.shape != b.shape:
-        return False
-    a, b = a.float(), b.float()
-    scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0
-    return torch.allclose(a, b, rtol=0, atol=rtol * scale, equal_nan=True)
-
-
 # which layer is to blame
-
-
-def tensors(value) -> Iterator[Tensor]:
-    """Copies of the tensors and floats in nested tuples, lists and dicts: a later layer may work in place."""
-    if isinstance(value, (Tensor, float)):
-        yield torch.as_tensor(value).detach().clone()
-    elif isinstance(value, (tuple, list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors(item)
 
 
 def record_calls(model: nn.Module, images: Tensor) -> Calls:

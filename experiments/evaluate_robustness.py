@@ -1,6 +1,6 @@
 """Evaluate how robust trained models are: the stability of their input gradients, and their accuracy under attack.
 
-    python evaluate_robustness.py --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
+    python -m experiments.evaluate_robustness --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
 
 Several files are examined on the same examples. --autoattack needs AutoAttack (pip install pyautoattack).
 """
@@ -12,20 +12,25 @@ from pathlib import Path
 
 import torch
 
+from curvature.estimate import measurable
+from curvature.results import model_names
+from curvature.subjects import add_subject_flags, check_subject_flags, chosen_splits, load_subjects
+from experiments.robustness import (
+    Robustness,
+    RobustnessSettings,
+    examine_split,
+    format_summary,
+    plot_robustness,
+    write_robustness,
+)
+from training.attacks import NORMS, import_auto_attack
 from utils import cli, distributed
-from utils.attacks import NORMS, import_auto_attack
-from utils.curvature import measurable
 from utils.errors import UsageError
 from utils.files import make_room
-from utils.outside_model import is_outside
-from utils.plots import plot_robustness
-from utils.results import model_names
-from utils.robustness import Robustness, RobustnessSettings, examine_split, format_summary, write_robustness
-from utils.subjects import add_subject_flags, check_subject_flags, chosen_splits, load_subjects
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="evaluate_robustness.py", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="evaluate_robustness", description=__doc__.splitlines()[0])
 
     what = parser.add_argument_group("what to examine")
     add_subject_flags(what, default_split="test")
@@ -80,8 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together, UserError if AutoAttack is wanted and not there."""
     check_subject_flags(flags)
-    if not (flags.model_filename or is_outside(flags.model_arch)):
-        raise UsageError("nothing to examine: give --model-filename, or --model-arch package.module:callable")
     for path, suffix in ((flags.output, ".csv"), (flags.plot, ".png")):
         if path and path.suffix != suffix:
             raise UsageError(f"{path} must end in {suffix}")

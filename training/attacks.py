@@ -13,12 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from curvature.derivatives import cross_entropy, cross_entropy_gradient, input_vector_jacobian_product
+from curvature.folding import FoldedNetwork
 from data.batches import Batch
-from models.folding import FoldedNetwork
-from utils.curvature import Generators, draw_normal, frozen_in_eval
-from utils.derivatives import cross_entropy, cross_entropy_gradient, input_vector_jacobian_product
-from utils.eigenvalues import normalize, norms
 from utils.errors import UserError
+from utils.numerics import Generators, draw_normal, frozen_in_eval, normalize, norms
 
 NORMS = ("l2", "linf")
 
@@ -135,7 +134,7 @@ def strongest(
     """The worst points that some climbs of PGD pass, each from another random start.
 
     Args:
-        network: frozen and in eval mode, see ``utils.curvature.measurable``.
+        network: frozen and in eval mode, see ``curvature.estimate.measurable``.
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
         restarts: how many climbs.

@@ -1,6 +1,6 @@
 """Curvature of a classifier's loss at single examples (paper, equation 1), through Hessian-vector products.
 
-Here the parts come together: utils/derivatives.py has the products, utils/eigenvalues.py what is done with them.
+Here the parts come together: derivatives.py has the products, eigenvalues.py what is done with them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from models.folding import FoldedNetwork, fold
-from utils.derivatives import input_hessian
-from utils.eigenvalues import hutchinson_trace, methods, normalize, norms
+from curvature.derivatives import input_hessian
+from curvature.eigenvalues import hutchinson_trace, methods
+from curvature.folding import FoldedNetwork, fold
+from utils.numerics import Generators, draw_normal, frozen_in_eval, normalize, norms
 from utils.precision import float32_proper
 
 GRADIENT_EPS = 1e-6  # C = h / (g + 1e-6), the reference's definition
-
-# what random numbers are drawn with: one generator for all examples, one for each, or torch's global one
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -60,23 +58,6 @@ class CurvatureEstimate:
 
 
 @contextmanager
-def frozen_in_eval(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode with no parameter requiring a gradient; every module's and parameter's state restored."""
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def measurable(model: nn.Module | FoldedNetwork, use_folding: bool = True) -> Iterator[nn.Module | FoldedNetwork]:
     """The model as it is measured: in eval mode and frozen, and folded if it is a network of ours."""
     with float32_proper():
@@ -85,14 +66,6 @@ def measurable(model: nn.Module | FoldedNetwork, use_folding: bool = True) -> It
             return
         with frozen_in_eval(model):
             yield (fold(model) if use_folding else None) or model
-
-
-def draw_normal(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal numbers in the shape, dtype and device of like (N, ...)."""
-    if isinstance(generator, Sequence):
-        return torch.stack([draw_normal(row, own) for row, own in zip(like, generator, strict=True)])
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def starting_vectors(method: str, gradient: Tensor, generator: Generators) -> Tensor:
@@ -126,8 +99,8 @@ def estimate_curvature(
 
     Args:
         model: maps images (N, ...) to logits (N, classes), its examples independent in eval mode. It is evaluated in
-            eval mode and left as it was found. Networks of this project are folded first (models/folding.py), once for
-            many calls if the model is already a FoldedNetwork.
+            eval mode and left as it was found. Networks of this project are folded first (curvature/folding.py), once
+            for many calls if the model is already a FoldedNetwork.
         images: (N, ...) pixels in the model's dtype, on its device.
         labels: (N,) class indices.
         method: a key of ``methods``: "lanczos", or "power" for power iteration, the paper's.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from regularized_loss import CELoss
+from training import parallel
 from utils import distributed
 from utils.errors import UserError, one_line
 
@@ -88,7 +89,7 @@ class Gradients:
     """
 
     def __init__(self, loss: CELoss, model: nn.Module, find_unused: bool = False):
-        self.loss, self.compute_loss = loss, distributed.data_parallel(loss, model, find_unused)
+        self.loss, self.compute_loss = loss, parallel.data_parallel(loss, model, find_unused)
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
@@ -202,12 +203,12 @@ def train_epoch(
             raise
         finite.check(terms)
         optimizer.step()
-        distributed.average_statistics(model, share)
+        parallel.average_statistics(model, share)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term * (share * size)
         num_examples += size
     finite.raise_if_bad()
-    distributed.equalize_buffers(model)
+    parallel.equalize_buffers(model)
     means = distributed.summed([float(value) / num_examples for value in sums.values()])
     return dict(zip(sums, means, strict=True))
 
@@ -263,18 +264,3 @@ def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
 def is_finite(terms: dict[str, float]) -> bool:
     """Whether every value is a number one can go on from."""
     return all(math.isfinite(value) for value in terms.values())
-
-
-def count_parameters(optimizer: torch.optim.Optimizer) -> str:
-    """How many numbers are trained, and how many of them are a beta or a gamma, in words."""
-    counts = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
-    return f"{counts[0]:,} weights" + (f", {counts[1]} beta and gamma" if len(counts) > 1 else "")
-
-
-FORMATS = {"learning_rate": "g", "test_accuracy": ".2f", "seconds": ".1f", "images_per_second": ".0f"}
-
-
-def format_metrics(row: dict[str, float]) -> str:
-    """One epoch's metrics for the screen: name value, two spaces, name value, ..."""
-    shown = (f"{name} {format(value, FORMATS.get(name, '.4f'))}" for name, value in row.items() if name != "epoch")
-    return "  ".join(shown)

@@ -13,7 +13,7 @@ from utils.errors import UsageError, UserError
 from utils.files import make_room, remove_leftovers
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
-MACHINE_FLAGS = {"device", "cuda_graph", "output_dir", "download", "resume", "overwrite"}
+MACHINE_FLAGS = {"device", "output_dir", "download", "resume", "overwrite"}
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,20 @@
 """The models a script is to examine, each with its data, read, checked and on the device; and on which examples."""
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from curvature.self_check import check_model
 from data.batches import Split, to_pixels
 from data.datasets import ImageData, datasets, load_dataset
+from models.checkpoint import build_model, read_checkpoint
+from models.model_selector import add_architecture_flags, check_architecture_flags, model_architecture
 from utils import cli
-from utils.checkpoint import build_model, check_architecture, is_checkpoint, read_checkpoint
 from utils.errors import UsageError, UserError
-from utils.files import read_tensors
-from utils.outside_model import REMEDY, build_outside_model, is_outside
-from utils.self_check import check_model
 
 DEFAULT_DATASET = "cifar100"  # for the reference's checkpoints, which do not name theirs
 EXAMPLES_TO_CHECK = 4  # enough for the self-checks, which run before anything is measured
@@ -40,7 +39,7 @@ class Subject:
 def add_subject_flags(group, default_split: str) -> None:
     """The flags that say which models are examined, and on which examples."""
     group.add_argument("--model-filename", nargs="+", metavar="FILE", default=[], help="checkpoints, or state_dicts")
-    cli.add_architecture_flags(group, remark=". A checkpoint knows its own, and is checked against it")
+    add_architecture_flags(group, remark=". A checkpoint knows its own, and is checked against it")
     group.add_argument(
         "--dataset",
         choices=datasets,
@@ -58,13 +57,10 @@ def add_subject_flags(group, default_split: str) -> None:
 
 
 def check_subject_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError on flags of add_subject_flags that do not go together."""
-    cli.check_architecture_flags(flags)
-    outside = is_outside(flags.model_arch)
-    if outside and not (flags.dataset or flags.model_filename):
-        raise UsageError(f"--model-arch {flags.model_arch} needs a --dataset: {', '.join(datasets)}")
-    if flags.image_size and not outside:
-        raise UsageError("--image-size is for --model-arch package.module:callable; a checkpoint of ours knows its own")
+    """Raise UsageError on flags of add_subject_flags that do not go together, or that name no model."""
+    check_architecture_flags(flags)
+    if not flags.model_filename and flags.model_arch in (None, *model_architecture):
+        raise UsageError("nothing to measure: give --model-filename, or --model-arch package.module:callable")
 
 
 def chosen_splits(subject: "Subject", flags: argparse.Namespace) -> Iterator[tuple[str, Split, Tensor]]:
@@ -87,18 +83,8 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
     Raises:
         UserError: if a file is missing or damaged, the flags disagree with it, or a model fails the self-check.
     """
-    subjects, loaded = [], {}
-
-    def load(*key) -> ImageData:
-        if key not in loaded:  # several models share one
-            loaded[key] = load_dataset(*key, flags.download).to(flags.device)
-        return loaded[key]
-
-    for path in flags.model_filename or [None]:
-        if is_outside(flags.model_arch) and not (path and is_checkpoint(read_tensors(Path(path), "weights", REMEDY))):
-            subjects.append(load_outside_subject(path, flags, load))
-        elif path:
-            subjects.append(load_checkpoint_subject(path, flags, load))
+    load_data = functools.cache(load_dataset)  # several models share one
+    subjects = [load_subject(path, flags, load_data) for path in flags.model_filename or [None]]
     for subject in subjects:
         if subject.dtype.itemsize < 4:
             print(f"{subject.name}: weights of {subject.dtype} are measured in float32")
@@ -108,37 +94,44 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
     return subjects
 
 
-def load_outside_subject(path: str | None, flags: argparse.Namespace, load) -> Subject:
-    """The network of a package.module:callable with the state_dict at path, or with the weights it comes with."""
-    if not flags.dataset:
-        raise UsageError(f"{path} does not name its data set; --model-arch {flags.model_arch} needs a --dataset")
-    data = load(flags.dataset, flags.data_dir or "datasets", flags.image_size)
-    image_size = data.test.images.shape[-1]
-    model = build_outside_model(flags.model_arch, path, len(data.class_names), image_size if flags.lcnn else None)
-    arch = flags.model_arch if path else "its weights as the callable made them,"
-    return Subject(path or flags.model_arch, arch, model.to(flags.device), flags.dataset, data)
-
-
-def load_checkpoint_subject(path: str, flags: argparse.Namespace, load) -> Subject:
-    """A checkpoint of ours or of the reference code, with the data set it names; ``load`` is load_dataset, cached."""
-    checkpoint = read_checkpoint(path)
-    arch = check_architecture(checkpoint, path, flags.model_arch)
-    if flags.lcnn and not checkpoint.get("lcnn"):
+def load_subject(path: str | None, flags: argparse.Namespace, load_data: Callable[..., ImageData]) -> Subject:
+    """The network of a weight file, or without one as its callable makes it, with the data set it is measured on."""
+    checkpoint = read_checkpoint(path, flags.model_arch) if path else {"model_arch": flags.model_arch}
+    name, arch = path or flags.model_arch, checkpoint["model_arch"]
+    if "num_classes" not in checkpoint:  # another project's: the flags tell what a checkpoint of ours would
+        checkpoint["lcnn"] = flags.lcnn
+    elif flags.lcnn and not checkpoint.get("lcnn"):
         raise UsageError(f"{path} was trained without --lcnn; leave it out")
-    if flags.image_size not in (None, checkpoint["image_size"]):
-        raise UsageError(f"{path} is for images of {checkpoint['image_size']} pixels; leave --image-size out")
-    model = build_model(checkpoint, path, flags.model_arch).to(flags.device)
-    own_dataset = checkpoint.get("dataset")
-    if flags.dataset and own_dataset and flags.dataset != own_dataset:
-        raise UsageError(f"{path} was trained on {own_dataset}, not {flags.dataset}; leave --dataset out")
-    dataset = flags.dataset or own_dataset or DEFAULT_DATASET
-    if dataset not in datasets:
-        raise UserError(f"{path}: unknown data set {dataset!r}; there are {', '.join(datasets)}")
+    image_size = checkpoint.get("image_size", flags.image_size)
+    if flags.image_size not in (None, image_size):
+        raise UsageError(f"{path} is for images of {image_size} pixels; leave --image-size out")
     data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
-    data = load(dataset, data_dir, checkpoint["image_size"])
-    if len(data.class_names) != checkpoint["num_classes"]:
+    data_set = chosen_dataset(checkpoint, name, flags.dataset)
+    data = load_data(data_set, data_dir, image_size, flags.download).to(flags.device)
+    num_classes = len(data.class_names)
+    model = build_model(checkpoint, name, flags.model_arch, num_classes, data.test.images.shape[-1])
+    if checkpoint.get("num_classes", num_classes) != num_classes:
         raise UsageError(
-            f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {len(data.class_names)}; "
+            f"{path} tells {checkpoint['num_classes']} classes apart, but {data_set} has {num_classes}; "
             "give the --dataset (and --data-dir) it was trained on"
         )
-    return Subject(path, arch, model, dataset, data)
+    return Subject(
+        name, arch if path else "its weights as the callable made them,", model.to(flags.device), data_set, data
+    )
+
+
+def chosen_dataset(checkpoint: dict, name: str, wanted: str | None) -> str:
+    """The data set to measure on: the checkpoint's own, with which ``wanted``, of --dataset, must agree.
+
+    Raises:
+        UserError: if they disagree, or neither is known.
+    """
+    own = checkpoint.get("dataset")
+    if wanted and own and wanted != own:
+        raise UsageError(f"{name} was trained on {own}, not {wanted}; leave --dataset out")
+    chosen = wanted or own or (DEFAULT_DATASET if "num_classes" in checkpoint else None)
+    if chosen is None:
+        raise UsageError(f"{name} does not name its data set; give --dataset: {', '.join(datasets)}")
+    if chosen not in datasets:
+        raise UserError(f"{name}: unknown data set {chosen!r}; there are {', '.join(datasets)}")
+    return chosen

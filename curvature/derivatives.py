@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.folding import FoldedNetwork, Kept
+from curvature.folding import FoldedNetwork, Kept
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class DoubleBackwardHessian(InputHessian):
 
 
 class FoldedHessian(InputHessian):
-    """For our networks, folded: the derivatives written out in models/folding.py."""
+    """For our networks, folded: the derivatives written out in curvature/folding.py."""
 
     @torch.no_grad()
     def __init__(self, network: FoldedNetwork, images: Tensor, labels: Tensor):

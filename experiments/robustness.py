@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvature.derivatives import cross_entropy, input_vector_jacobian_product
+from curvature.folding import FoldedNetwork
+from curvature.results import ExampleTable, example_generators, strict_json
 from data.batches import Split, to_pixels
-from models.folding import FoldedNetwork
-from utils.attacks import PGD, auto_attack, loss_gradient, strongest
-from utils.curvature import Generators, draw_normal
-from utils.derivatives import cross_entropy, input_vector_jacobian_product
+from training.attacks import PGD, auto_attack, loss_gradient, strongest
 from utils.distributed import gather_shares, own_share
-from utils.eigenvalues import normalize, norms
 from utils.files import write_atomically, write_csv
-from utils.measurement import example_generators
+from utils.numerics import Generators, draw_normal, normalize, norms
+from utils.plots import new_figure, save_figure
 from utils.progress import progress
-from utils.results import ExampleTable, strict_json
 
 STABILITY = {"loss": "loss", "logit": "true-class logit"}  # f in the names of columns, and in words
 
@@ -36,7 +35,7 @@ class RobustnessSettings:
 
     radii: dict[str, tuple[float, ...]]  # "l2" or "linf" -> the eps to attack with
     pgd_steps: int = 20
-    pgd_step_size: float | None = None  # None: see utils.attacks.PGD
+    pgd_step_size: float | None = None  # None: see training.attacks.PGD
     restarts: int = 3
     autoattack: bool = False
     deltas: tuple[float, ...] = ()  # l2 norms of the random changes for gradient stability
@@ -131,7 +130,7 @@ def examine(
     """Everything the settings ask for, at a batch of examples.
 
     Args:
-        network: frozen and in eval mode, see ``utils.curvature.measurable``.
+        network: frozen and in eval mode, see ``curvature.estimate.measurable``.
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
         generators: one for each example, so that its results do not depend on the batch.
@@ -246,4 +245,38 @@ def write_robustness(path: Path, tables: Sequence[Robustness], settings: Robustn
     write_csv(path, [row for table in tables for row in table.rows()])
     content = {"settings": flags, "models": [table.summary(settings) for table in tables]}
     text = json.dumps(strict_json(content), indent=1, allow_nan=False)
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write_atomically(path.with_suffix(".json"), text.encode())
+
+
+ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # name in a summary -> in the picture, its line
+
+
+def plot_robustness(path: Path, names: Sequence[str], summaries: Sequence[dict]) -> None:
+    """Accuracy by eps, a panel for each norm, and the gradients' relative change by delta, a panel for each gradient.
+
+    Args:
+        names: for the legend, one for each summary.
+        summaries: as experiments.robustness makes them, all with the same settings.
+    """
+    norms = list(dict.fromkeys(attack.split("_")[1] for attack in summaries[0]["robust_accuracy"]))
+    quantities = list(summaries[0]["stability"])
+    figure, axes = new_figure(len(norms) + len(quantities))
+    for axis, norm in zip(axes, norms, strict=False):
+        axis.set(xlabel=f"{norm} eps", title=f"accuracy under attack, {norm}, %")
+        for i, summary in enumerate(summaries):
+            for attack, (title, line) in ATTACKS.items():
+                if accuracies := summary["robust_accuracy"].get(f"{attack}_{norm}"):
+                    xs, ys = [0.0, *map(float, accuracies)], [summary["accuracy"], *accuracies.values()]
+                    label = names[i] if attack == "pgd" else f"{names[i]}, {title}"
+                    axis.plot(xs, ys, line, marker=".", color=f"C{i}", label=label)
+    for axis, quantity in zip(axes[len(norms) :], quantities, strict=True):
+        axis.set(xlabel="l2 norm of delta", title=f"relative change of the {quantity}'s gradient", yscale="log")
+        for i, summary in enumerate(summaries):
+            changes = summary["stability"][quantity]
+            axis.plot(list(map(float, changes)), [c["mean"] for c in changes.values()], marker=".", color=f"C{i}")
+    handles, labels = axes[0].get_legend_handles_labels()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,1 @@
+"""The instrument: derivatives, eigenvalues, and the curvature of a model at single examples."""

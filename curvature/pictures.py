@@ -1,0 +1,50 @@
+"""Pictures of measurements and of layers, to PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from curvature.results import QUANTITIES, Measurement
+from models.bound import LayerTable
+from utils.plots import draw_bars, new_figure, save_figure
+
+
+def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]]) -> None:
+    """How gradient norm, Hessian norm and curvature are distributed over examples: a panel each, on a log axis.
+
+    Args:
+        measurements: named; a violin for each, of the examples that enter its averages.
+    """
+    figure, axes = new_figure(len(QUANTITIES))
+    figure.set_figheight(4.8)  # the names below need room
+    figure.suptitle("the examples of each model and split; bars: extremes and median", fontsize=9)
+    labels = [f"{name}\n{m.split}, {m.averaged().sum()} examples" for name, m in measurements]
+    for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
+        values = [m.columns[quantity][m.averaged()] for _, m in measurements]
+        logs = [np.log10(v[v > 0]) for v in values]
+        drawn = [i for i, values in enumerate(logs) if len(values)]
+        if drawn:
+            axis.violinplot([logs[i] for i in drawn], positions=drawn, widths=0.8)
+            medians = [np.log10(np.median(10 ** logs[i])) for i in drawn]
+            axis.hlines(medians, np.array(drawn) - 0.3, np.array(drawn) + 0.3)
+        axis.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) < 5 else 90, ha="right", fontsize=7)
+        axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
+        axis.set(title=title)
+        axis.grid(axis="y", alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_layers(path: Path, tables: list[tuple[str, LayerTable]]) -> None:
+    """beta and gamma of every layer, on a log axis: a row of two panels for each network.
+
+    Args:
+        tables: a label and the layers of each network, at least one.
+    """
+    figure, axes = new_figure(2, rows=len(tables))
+    for (label, table), panels in zip(tables, axes.reshape(-1, 2), strict=True):
+        for axis, quantity in zip(panels, ("beta", "gamma"), strict=True):
+            values = {row.name: getattr(row, quantity) for row in table.rows}
+            values = {name: value for name, value in values.items() if value is not None}
+            draw_bars(axis, f"{label}\n{quantity} by layer", list(values.values()), list(values))
+    save_figure(figure, path)

@@ -1,0 +1,226 @@
+"""Every weight file: what a run of ours saves, what the reference code saved, and other people's state_dicts.
+
+A checkpoint of ours is one torch file of plain tensors, dicts, lists, numbers and strings (loaded with weights_only):
+
+    format "lcnn", version 1; model_arch, lcnn (whether --lcnn made that low-curvature), dataset, num_classes,
+    image_size, class_names, flags (all of the run's); data (their fingerprint); epoch (the last one done), metrics (one
+    dict per epoch), model (state_dict), and, until the run is finished, optimizer (state_dict).
+"""
+
+import functools
+import io
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.model_selector import build_network, model_architecture
+from models.reference import convert_reference_checkpoint
+from utils.errors import UsageError, UserError, one_line
+from utils.files import write_atomically
+
+FORMAT = {"format": "lcnn", "version": 1}
+REQUIRED = {
+    "model_arch": str,
+    "dataset": str,
+    "num_classes": int,
+    "image_size": int,
+    "flags": dict,
+    "epoch": int,
+    "metrics": list,
+    "model": dict,
+}
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
+PARALLEL = "module."  # DataParallel's prefix to every key
+REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
+
+
+def plain(value):
+    """Nested dicts and lists with every tensor detached on the CPU: readable on any machine without pickled classes."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint atomically; path keeps its old content if that fails."""
+    buffer = io.BytesIO()
+    torch.save(plain(FORMAT | checkpoint), buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
+    """Read a weight file as a checkpoint, whoever wrote it.
+
+    Args:
+        path: a checkpoint of ours; a bare state_dict of the reference code; or, with model_arch package.module:
+            callable, the state_dict of that network, bare or under one of ``WRAPPERS``.
+        model_arch: the architecture, if known; a checkpoint's own must agree with it.
+
+    Returns:
+        A dict with model_arch and model (state_dict). A checkpoint of ours has all the rest, too, one of the reference
+        also num_classes and image_size, another network's only these two.
+
+    Raises:
+        UserError: if there is no such file, it is damaged, or it holds no weights.
+        UsageError: if model_arch is another architecture.
+    """
+    content = read_file(Path(path))
+    if isinstance(content, dict) and content.get("format") == FORMAT["format"]:
+        check_own_format(content, path)
+        own = content["model_arch"]
+    elif model_arch in (None, *model_architecture):
+        content = convert_reference_checkpoint(as_state_dict(content, path), path)
+        own = content["model_arch"]
+        if model_arch == f"{own}lowbeta":  # the reference does not record the activation's sharpness
+            own = content["model_arch"] = model_arch
+    else:
+        if isinstance(content, dict):
+            content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+        return {"model_arch": model_arch, "model": as_state_dict(content, path)}
+    if model_arch not in (None, own):
+        raise UsageError(f"{path} holds a {own}, not a {model_arch}; leave --model-arch out")
+    return content
+
+
+def read_file(path: Path):
+    """What torch.save wrote at path, on the CPU; nothing but tensors and plain values is let in.
+
+    Raises:
+        UserError: if there is no such file, or it is damaged or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
+    try:
+        if zipfile.is_zipfile(path):  # torch itself lets flipped bits in tensors pass
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} has another checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        raise UserError(
+            f"{path}: not readable weights: truncated, damaged, or not plain tensors ({type(error).__name__}); {REMEDY}"
+        ) from error
+
+
+def check_own_format(checkpoint: dict, path: str | Path) -> None:
+    """Raise UserError unless a checkpoint of ours is whole, of the version that is read here."""
+    if checkpoint.get("version") != FORMAT["version"]:
+        raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
+    if missing := REQUIRED.keys() - checkpoint.keys():
+        raise UserError(f"{path}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
+    for name, kind in REQUIRED.items():
+        if type(checkpoint[name]) is not kind:
+            raise UserError(f"{path}: not a checkpoint of this program: {name} is no {kind.__name__}")
+    if checkpoint["image_size"] < 1:
+        raise UserError(f"{path}: not a checkpoint of this program: its image size is {checkpoint['image_size']}")
+    if not isinstance(data_dir := checkpoint["flags"].get("data_dir", ""), str) or "\0" in data_dir:
+        raise UserError(f"{path}: not a checkpoint of this program: its data_dir is no folder's name")
+    as_state_dict(checkpoint["model"], path)
+
+
+def as_state_dict(content, path: str | Path) -> dict[str, Tensor]:
+    """The content of a file, if it is a state_dict of plain tensors; UserError otherwise."""
+
+    def is_plain(value) -> bool:  # dense, with all of its numbers in the file
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            return False
+        return value.numel() * value.itemsize <= value.untyped_storage().nbytes()
+
+    if not (isinstance(content, dict) and content) or not all(
+        isinstance(key, str) and is_plain(value) for key, value in content.items()
+    ):
+        raise UserError(f"{path}: holds no state_dict, and is no checkpoint of this program; {REMEDY}")
+    return content
+
+
+def build_model(
+    checkpoint: dict,
+    path: str | Path,
+    model_arch: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> nn.Module:
+    """The network of a checkpoint, on the CPU, in eval mode, in the dtype of its weights.
+
+    Args:
+        checkpoint: from ``read_checkpoint``; without a model it is the network as the callable makes it.
+        path: its file, for messages.
+        model_arch: the architecture that the user named; needed where it is package.module:callable, whose code a file
+            must not run by itself.
+        num_classes, image_size: of the images, where the checkpoint does not tell them.
+
+    Raises:
+        UsageError: if package.module:callable is to be run that the user did not name.
+        UserError: if the weights do not fit the architecture.
+    """
+    arch, lcnn = checkpoint["model_arch"], checkpoint.get("lcnn", False)
+    num_classes, image_size = checkpoint.get("num_classes", num_classes), checkpoint.get("image_size", image_size)
+    if arch in model_architecture:
+        try:
+            with torch.device("meta"):  # sizes that the weights turn out not to have take no memory
+                model = build_network(arch, num_classes, image_size)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: its image size {image_size} and {num_classes} classes do not fit a {arch} ({one_line(error)})"
+            ) from error
+    elif ":" in arch:
+        if arch != model_arch:
+            raise UsageError(f"{path} is of a network that {arch} makes; if you trust that, give --model-arch {arch}")
+        model = build_network(arch, num_classes, image_size, lcnn, quiet="format" in checkpoint)
+    else:
+        raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
+    if "model" in checkpoint:
+        load_weights(model, checkpoint["model"], path, f"{arch} with {num_classes} classes")
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, name: str) -> nn.Module:
+    """Copy a state_dict into the model, whose floating-point dtype becomes the state_dict's (its widest).
+
+    A model on the "meta" device takes over the state_dict's tensors themselves.
+
+    Raises:
+        UserError: if a key is missing, left over, or has another shape or an impossible dtype; it names the file at
+            path, and what the model is.
+    """
+    try:
+        if all(key.startswith(PARALLEL) for key in state) and not state.keys() & model.state_dict().keys():
+            state = {key.removeprefix(PARALLEL): value for key, value in state.items()}
+        for key, own in model.state_dict().items():
+            if key in state and isinstance(own, Tensor) and own.is_floating_point() != state[key].is_floating_point():
+                raise TypeError(f"{key} is of {state[key].dtype}")
+        dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+        dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+        if any(parameter.is_meta for parameter in model.parameters()):
+            model.load_state_dict(state, assign=True)
+            model.to(dtype=dtype, memory_format=torch.contiguous_format)
+        else:
+            model.to(dtype=dtype).load_state_dict(state)
+    except Exception as error:  # the code of another project's model runs here
+        raise UserError(
+            f"{path}: the weights do not fit {name} ({one_line(error)}); "
+            "give the model, and the data set, that they were trained for"
+        ) from error
+    return model
+
+
+def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
+    """The network saved in a checkpoint of ours or of the reference code, in eval mode, in its own dtype.
+
+    Args:
+        path: the checkpoint file.
+        model_arch: its architecture, if you want that checked; needed where it is package.module:callable, which runs.
+
+    Returns:
+        A module mapping (N, 3, H, H) pixels in [0, 1] to (N, classes) logits, H the checkpoint's image size.
+
+    Raises:
+        UserError: if the file is missing, damaged or foreign, or disagrees with model_arch.
+    """
+    return build_model(read_checkpoint(path, model_arch), path, model_arch)
