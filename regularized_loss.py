@@ -1,9 +1,12 @@
 """The losses networks are trained with: cross-entropy, and penalties on the input gradient and on curvature.
 
-This is the file to edit for an experiment. A loss is a class that takes the model and has
-``compute_loss(input, target) -> scalar tensor``; it sets ``self.metadata`` to the unweighted terms it wants logged
-(they become columns of the metrics file). Extending ``CELoss`` is the easy way. One line in ``regularizers``, at the
-end of this file, gives it a name on the command line. README, "Writing your own loss", has a complete example.
+This is the file to edit for an experiment. A loss is an ``nn.Module`` that extends ``CELoss``. Its
+``compute_loss(input, target)`` returns the scalar to minimize, and sets ``self.metadata`` to the unweighted terms that
+are logged: the columns of the metrics file. It may own parameters, which are trained, and buffers; both are saved and
+resumed. Before each epoch the trainer sets ``self.epoch``, counted from 1, and ``self.num_epochs``.
+
+At the end of this file, one line in ``WEIGHTS`` makes a flag of a weight, and one line in ``regularizers`` gives a loss
+its name on the command line. The README's section "Your own loss" has a complete example.
 """
 
 import torch
@@ -70,7 +73,7 @@ def require_curvature_parameters(model: nn.Module) -> None:
         )
 
 
-class CELoss:
+class CELoss(nn.Module):
     """L, the batch mean of the cross-entropy. The other losses extend it.
 
     Args:
@@ -78,8 +81,10 @@ class CELoss:
     """
 
     def __init__(self, model: nn.Module):
+        super().__init__()
         self.model = model
         self.terms: dict[str, Tensor] = {}
+        self.epoch, self.num_epochs = 1, 1  # the trainer sets both before each epoch
 
     @property
     def metadata(self) -> dict[str, float]:
@@ -90,6 +95,10 @@ class CELoss:
     @metadata.setter
     def metadata(self, terms: dict[str, Tensor | float]) -> None:
         self.terms = {n: t.detach() if isinstance(t, Tensor) else torch.tensor(float(t)) for n, t in terms.items()}
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """``compute_loss``: DistributedDataParallel, which wraps the loss, calls this."""
+        return self.compute_loss(input, target)
 
     def losses(self, input: Tensor, target: Tensor) -> Tensor:
         """(N,) cross-entropy of each example; target holds (N,) class indices."""
@@ -203,6 +212,14 @@ class CurvatureBoundRegularizedLoss(CELoss):
         self.metadata = {"raw_loss": raw_loss, "log_bound": log_bound}
         return raw_loss + self.reg_constant * log_bound
 
+
+# The weights of the penalties: name in ``flags`` -> its default and its help. reg_gnorm is --reg-gnorm there.
+WEIGHTS = {
+    "reg_gnorm": (1e-3, "weight of the gradient norm"),
+    "reg_beta": (1e-2, "weight of the sum of beta"),
+    "reg_gamma": (1e-2, "weight of the sum of |log gamma|"),
+    "reg_bound": (1e-2, "weight of the log curvature bound"),
+}
 
 # --regularizer NAME -> the loss it trains with; ``flags`` are train_models.py's parsed flags
 regularizers = {

@@ -6,50 +6,42 @@ Writes <output-dir>/<arch>[_<regularizer>]_<dataset>.pt, and beside it ..._metri
 """
 
 import argparse
-import contextlib
+import math
 import os
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data.batches import epoch_seed, to_pixels, training_batches
-from data.datasets import datasets, load_dataset
-from models.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from data.datasets import ImageData, datasets, load_dataset
+from models.checkpoint import load_weights
 from models.layers import CenteredSoftplus
-from models.model_selector import (
-    add_architecture_flags,
-    build_network,
-    check_architecture_flags,
-    is_outside,
-    model_architecture,
-)
-from models.outside import forward
-from regularized_loss import CELoss, regularizers
+from models.model_selector import add_architecture_flags, build_network, check_architecture_flags
+from models.outside import try_forward
+from regularized_loss import WEIGHTS, CELoss, regularizers
 from training.attacks import NORMS, PGD, adversarial_batches
 from training.epoch import (
-    Gradients,
-    NonFiniteStep,
+    TrainingStep,
     build_optimizer,
     calibrate_batchnorm,
     evaluate,
-    is_finite,
+    failures_in_one_line,
     learning_rate,
     load_optimizer_state,
     set_batchnorm_momentum,
     train_epoch,
 )
-from training.report import count_parameters, format_metrics, write_report
-from training.run_files import MACHINE_FLAGS, RunFiles, check_resumable, check_same_data, check_same_flags, only_run_of
+from training.report import count_parameters, format_metrics, plot_training
+from training.run_files import Run, check_same_data, open_run
 from utils import cli, distributed
 from utils.errors import UsageError, UserError, one_line
-from utils.files import write_csv
-from utils.precision import PRECISIONS, check_precision, precision_of_the_process, set_precision
+from utils.precision import PRECISIONS, autocast_to_bfloat16, check_precision, training_settings
 from utils.progress import progress
 
 CALIBRATION_IMAGES = 512
@@ -74,14 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma")
     recipe.add_argument("--momentum", type=cli.number(float, 0, 1), default=0.9, help="of SGD")
-    recipe.add_argument("--reg-gnorm", type=cli.nonnegative_float, default=1e-3, help="weight of the gradient norm")
-    recipe.add_argument("--reg-beta", type=cli.nonnegative_float, default=1e-2, help="weight of the sum of beta")
-    recipe.add_argument(
-        "--reg-gamma", type=cli.nonnegative_float, default=1e-2, help="weight of the sum of |log gamma|"
-    )
-    recipe.add_argument(
-        "--reg-bound", type=cli.nonnegative_float, default=1e-2, help="weight of the log curvature bound"
-    )
+    for name, (default, explanation) in WEIGHTS.items():
+        recipe.add_argument(
+            f"--{name.replace('_', '-')}", type=cli.nonnegative_float, default=default, help=explanation
+        )
     recipe.add_argument(
         "--beta-weight-decay",
         type=cli.nonnegative_float,
@@ -135,191 +123,170 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_loss(flags: argparse.Namespace, model: torch.nn.Module) -> CELoss:
-    """The loss that --regularizer names, for the model; UsageError if they do not go together."""
-    try:
-        if flags.beta_weight_decay and not any(isinstance(m, CenteredSoftplus) for m in model.modules()):
-            raise ValueError("--beta-weight-decay needs a network with trainable beta: ...softplus, ...lcnn, or --lcnn")
-        return regularizers[flags.regularizer](model, flags)
-    except ValueError as error:
-        raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
-
-
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
     check_architecture_flags(flags)
     check_precision(flags.precision, flags.device)
-    if not is_outside(flags.model_arch):
-        build_loss(flags, model_architecture[flags.model_arch](2, input_size=16))
 
 
-def saved_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from with its path, if --resume finds one; UsageError if a run is in the way."""
-    if flags.resume and (path := files.saved()):
-        try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
-            raise UserError(f"{error}, or start again, with --overwrite") from error
-        check_same_flags(path, checkpoint, recorded_flags, vars(build_parser().parse_args([])))
-        check_resumable(path, checkpoint)
-        return path, checkpoint
-    if not flags.overwrite:
-        files.refuse_to_overwrite()
-    return None
-
-
-def train(flags: argparse.Namespace) -> Path:
+def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
     Of several processes all do the work, and the first reads and writes the run's files.
+
+    Args:
+        arguments: the command line that gave the flags; if it is interrupted, the one that goes on is printed.
 
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
     """
     check_flags(flags)
-    flags.image_size = flags.image_size or datasets[flags.dataset].image_size
-    recorded_flags = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
-    recorded_flags["data_dir"] = str(Path(flags.data_dir).resolve())
-    files = RunFiles.named(flags)
-    with contextlib.ExitStack() as stack:
-        torch.set_flush_denormal(True)  # a smooth ReLU puts out many, and CPUs are slow with them
-        stack.callback(torch.set_flush_denormal, False)  # what is measured later in this process needs them
-        stack.enter_context(precision_of_the_process())
-        distributed.from_first(lambda: stack.enter_context(only_run_of(files)))
-        return train_run(flags, files, recorded_flags)
+    settings = training_settings(flags.precision, flags.strong_determinism_wanted)
+    with settings, open_run(flags, build_parser().parse_args([])) as run:
+        try:
+            data = load_dataset(flags.dataset, flags.data_dir, run.image_size, flags.download).to(flags.device)
+            check_same_data(run, data)
+            loss = build_loss(flags, build_trained_network(flags, data, run))
+            train_run(flags, run, data, loss)
+        except KeyboardInterrupt:
+            print(f"\n{how_to_go_on(arguments, start_again=not run.has_saved)}")
+            raise
+    return run.checkpoint
 
 
-def train_run(flags: argparse.Namespace, files: RunFiles, recorded_flags: dict) -> Path:
-    """``train``, once the flags are checked and no other process touches the run's files."""
-    first = distributed.rank() == 0
-    outside = is_outside(flags.model_arch)
-    path, saved = distributed.from_first(lambda: saved_run(flags, files, recorded_flags)) or (None, None)
-
-    cli.seed_everything(flags.prng_seed, flags.strong_determinism_wanted)
-    data = load_dataset(flags.dataset, flags.data_dir, flags.image_size, flags.download).to(flags.device)
+def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) -> nn.Module:
+    """The network to train, on its device, with its first weights, or those of the run that goes on."""
+    torch.manual_seed(flags.prng_seed)
     num_classes = len(data.class_names)
-    if saved:
-        check_same_data(path, saved, data)
-        if path == files.checkpoint:
-            print(f"{path} is finished: {format_metrics(saved['metrics'][-1])}")
-            model = build_network(flags.model_arch, num_classes, flags.image_size, flags.lcnn, quiet=True)
-            load_weights(model, saved["model"], path, flags.model_arch)
-            if first:
-                write_report(files, saved["metrics"], model)  # a kill may have come before it
-            return path
-
-    model = build_network(flags.model_arch, num_classes, flags.image_size, flags.lcnn).to(flags.device)
-    if outside:
-        forward(model, to_pixels(data.train.images[:2]), num_classes, flags.model_arch)  # its mistakes in one line
-    set_batchnorm_momentum(model, flags.bn_momentum)
-    set_precision(model, flags.precision, flags.device)
-    loss = build_loss(flags, model)
-    optimizer = build_optimizer(model, flags.lr, flags.momentum, flags.weight_decay, flags.beta_weight_decay)
-    print(
-        f"{flags.model_arch} ({count_parameters(optimizer)}) with {type(loss).__name__} on {flags.dataset}: "
-        f"{len(data.train)} training and {len(data.test)} test images of {flags.image_size} x {flags.image_size}, "
-        f"{num_classes} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
-        + (f"; {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
-    )
-
-    metrics = []
-    if saved:
-        load_weights(model, saved["model"], path, flags.model_arch)
-        load_optimizer_state(optimizer, saved.get("optimizer"), path)
-        metrics = saved["metrics"]
-        print(f"resuming {files.unfinished} after epoch {saved['epoch']}")
+    network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn, quiet=run.is_finished)
+    network = network.to(flags.device)
+    try_forward(network, to_pixels(data.train.images[:2]), num_classes, flags.model_arch)
+    set_batchnorm_momentum(network, flags.bn_momentum)
+    if run.saved:
+        load_weights(network, run.saved["model"], run.path, flags.model_arch)
     elif flags.calibrate_batchnorm:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(flags.prng_seed))
-        calibrate_batchnorm(model, to_pixels(data.train.images[order[:CALIBRATION_IMAGES].to(flags.device)]))
+        calibrate_batchnorm(network, to_pixels(data.train.images[order[:CALIBRATION_IMAGES].to(flags.device)]))
+    return network
 
-    checkpoint = {
+
+def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
+    """The loss that --regularizer names, on the network; UsageError if they do not go together."""
+    try:
+        if flags.beta_weight_decay and not any(isinstance(m, CenteredSoftplus) for m in network.modules()):
+            raise ValueError("--beta-weight-decay needs a network with trainable beta: ...softplus, ...lcnn, or --lcnn")
+        loss = regularizers[flags.regularizer](network, flags)
+    except ValueError as error:
+        raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
+    if not isinstance(loss, CELoss):
+        raise UsageError(f"--regularizer {flags.regularizer}: {type(loss).__name__} must extend CELoss to be trained")
+    if flags.precision == "bf16":
+        autocast_to_bfloat16(network, flags.device.type)
+    return loss.to(flags.device)
+
+
+def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss) -> None:
+    """The epochs that are left, each saved when it is done; then the picture."""
+    optimizer = build_optimizer(loss, flags.lr, flags.momentum, flags.weight_decay, flags.beta_weight_decay)
+    metrics = restore(run, loss, optimizer)
+    first = distributed.rank() == 0
+    print(describe(flags, run, data, loss))
+    entries = checkpoint_entries(flags, data)
+    step = TrainingStep(loss)
+    for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
+        metrics.append(train_one_epoch(flags, epoch, data, step, optimizer))
+        if first:
+            is_last = epoch == flags.num_epochs
+            state = {"model": loss.model.state_dict(), "loss": own_state(loss), "optimizer": optimizer.state_dict()}
+            run.record(metrics, entries | state, is_last)
+            print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
+    if first:
+        run.write_metrics(metrics)  # a kill may have come before it
+        plot_training(run.picture, run.checkpoint.stem, metrics, loss.model)
+    if not run.is_finished:
+        print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
+
+
+def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss) -> str:
+    """What is about to be trained, or was, in words."""
+    if run.is_finished:
+        return f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}"
+    processes = f"; {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
+    return (
+        f"{flags.model_arch} ({count_parameters(loss)}) with {type(loss).__name__} on {flags.dataset}: "
+        f"{len(data.train)} training and {len(data.test)} test images of {run.image_size} x {run.image_size}, "
+        f"{len(data.class_names)} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
+        f"{processes}{resumed}"
+    )
+
+
+def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
+    """Put back what the run that goes on has saved beside the network; returns its metrics, one dict per epoch."""
+    if not run.saved:
+        return []
+    own = run.saved.get("loss", {})
+    try:
+        loss.load_state_dict(loss.state_dict() | own, strict=True)
+        if missing := own_state(loss).keys() - own.keys():
+            raise KeyError(f"no {min(missing)}")
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
+        raise UserError(f"{problem}; start again, with --overwrite") from error
+    if not run.is_finished:
+        load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
+    return run.saved["metrics"]
+
+
+def own_state(loss: CELoss) -> dict:
+    """The loss's own entries of its state_dict: all but the network's."""
+    return {name: value for name, value in loss.state_dict().items() if not name.startswith("model.")}
+
+
+def checkpoint_entries(flags: argparse.Namespace, data: ImageData) -> dict:
+    """What every checkpoint of a run tells of the network and the data, see models/checkpoint.py."""
+    return {
         "model_arch": flags.model_arch,
         "lcnn": flags.lcnn,
         "dataset": flags.dataset,
-        "num_classes": num_classes,
-        "image_size": flags.image_size,
+        "num_classes": len(data.class_names),
         "class_names": data.class_names,
         "data": data.fingerprint(),
-        "flags": recorded_flags,
     }
-    attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
-    gradients = Gradients(loss, model, find_unused=outside)
+
+
+def train_one_epoch(
+    flags: argparse.Namespace, epoch: int, data: ImageData, step: TrainingStep, optimizer: torch.optim.SGD
+) -> dict[str, float]:
+    """Train on every training image once, and evaluate on the test images; returns a row of the metrics."""
+    loss, world_size = step.loss, distributed.world_size()
+    loss.epoch, loss.num_epochs = epoch, flags.num_epochs
+    # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
+    torch.manual_seed(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
+    lr = learning_rate(flags.lr, epoch, flags.num_epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    part = {"rank": distributed.rank(), "world_size": world_size}
+    batches = training_batches(data.train, flags.batch_size, flags.prng_seed, epoch, flags.augment, data.flip, **part)
+    if flags.adversarial_training:
+        attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
+        batches = adversarial_batches(loss.model, batches, attack)
     num_steps = -(-len(data.train) // flags.batch_size)
+    start = time.perf_counter()
+    with failures_in_one_line(flags.model_arch, loss, epoch):
+        terms = train_epoch(step, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
+    seconds = time.perf_counter() - start
     # without gradients a batch takes a fraction of the memory that it takes in training
-    evaluation_batch = min(256, 4 * max(1, flags.batch_size // distributed.world_size()))
-    for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
-        # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
-        torch.manual_seed(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
-        lr = learning_rate(flags.lr, epoch, flags.num_epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches = training_batches(
-            data.train,
-            flags.batch_size,
-            flags.prng_seed,
-            epoch,
-            flags.augment,
-            data.flip,
-            distributed.rank(),
-            distributed.world_size(),
-        )
-        if flags.adversarial_training:
-            batches = adversarial_batches(model, batches, attack)
-
-        start = time.perf_counter()
-        try:
-            terms = train_epoch(model, gradients, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
-        except NonFiniteStep as error:
-            remedy = f"a smaller --lr may help, or look at how {type(loss).__name__} computes it"
-            raise UserError(f"epoch {epoch}, {error}; what was saved before it stays; {remedy}") from None
-        except Exception as error:  # the user's own code may raise anything
-            if not outside or isinstance(error, (UserError, torch.OutOfMemoryError)) or distributed.is_loss(error):
-                raise
-            if is_of_the_loss_itself(error):
-                raise
-            remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
-            if "deterministic" in str(error):
-                remedy = "--no-strong-determinism-wanted may help"
-            raise UserError(
-                f"{flags.model_arch}: cannot be trained with {type(loss).__name__} ({one_line(error)}); {remedy}"
-            ) from error
-        seconds = time.perf_counter() - start
-        test_loss, test_accuracy = evaluate(model, data.test, evaluation_batch)
-
-        row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}
-        if not is_finite(row):
-            raise UserError(
-                f"epoch {epoch} ended with {format_metrics(row)}; nothing of it was saved. A smaller --lr may help"
-            )
-        metrics.append(row | {"seconds": seconds, "images_per_second": len(data.train) / seconds})
-        if not first:
-            continue
-        progress_made = checkpoint | {"epoch": epoch, "metrics": metrics, "model": model.state_dict()}
-        if epoch < flags.num_epochs:
-            save_checkpoint(files.unfinished, progress_made | {"optimizer": optimizer.state_dict()})
-            if flags.overwrite:  # the run it replaces goes only now that something is in its place
-                files.checkpoint.unlink(missing_ok=True)
-                files.picture.unlink(missing_ok=True)
-        else:
-            save_checkpoint(files.checkpoint, progress_made)
-            files.unfinished.unlink(missing_ok=True)
-        flags.overwrite = False  # from here on it would be this run that is lost
-        write_csv(files.metrics, metrics)
-        print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
-    if first:
-        write_report(files, metrics, model)
-    print(f"saved {files.checkpoint}, {files.metrics.name}, {files.picture.name}")
-    return files.checkpoint
+    evaluation_batch = min(256, 4 * max(1, flags.batch_size // world_size))
+    test_loss, test_accuracy = evaluate(loss.model, data.test, evaluation_batch)
+    row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}
+    if not all(math.isfinite(value) for value in row.values()):
+        remedy = "nothing of it was saved. A smaller --lr may help"
+        raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; {remedy}")
+    return row | {"seconds": seconds, "images_per_second": len(data.train) / seconds}
 
 
-def is_of_the_loss_itself(error: Exception) -> bool:
-    """Whether a line of regularized_loss.py is at fault, rather than the network or its derivatives: then whoever wrote
-    it needs the traceback."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return not isinstance(error, RuntimeError) and Path(last).name == "regularized_loss.py"
-
-
-def how_to_go_on(arguments: Sequence[str], flags: argparse.Namespace) -> str:
+def how_to_go_on(arguments: Sequence[str], start_again: bool) -> str:
     """The command that continues an interrupted run; one that was to replace another and has saved nothing starts
     again."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -327,9 +294,7 @@ def how_to_go_on(arguments: Sequence[str], flags: argparse.Namespace) -> str:
     if distributed.world_size() > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={local}"]  # torchrun, found or not
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
-    aim, flag = (
-        ("start again", "--overwrite") if flags.overwrite else ("go on after the last finished epoch", "--resume")
-    )
+    aim, flag = ("start again", "--overwrite") if start_again else ("go on after the last finished epoch", "--resume")
     return f"to {aim}: {shlex.join([*launcher, str(Path(__file__)), *again, flag])}"
 
 
@@ -339,11 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(flags: argparse.Namespace) -> None:
         with distributed.process_group(flags.device, timeout=timedelta(minutes=30)):
-            try:
-                train(flags)
-            except KeyboardInterrupt:
-                print(f"\n{how_to_go_on(arguments, flags)}")
-                raise
+            train(flags, arguments)
 
     return cli.run(build_parser(), command, arguments)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.conversion import low_curvature
 from utils.errors import UsageError, UserError, one_line
+from utils.numerics import frozen_in_eval
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -137,6 +138,12 @@ def build_outside_network(
     if lcnn_size:
         model = as_low_curvature(model, model_arch, lcnn_size, quiet)
     return model.eval()
+
+
+def try_forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
+    """``forward`` in eval mode and without gradients, for its errors; the model is left as it was found."""
+    with frozen_in_eval(model), torch.no_grad():
+        forward(model, images, num_classes, name)
 
 
 def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:

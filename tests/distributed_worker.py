@@ -13,8 +13,8 @@ from torch import nn
 import train_models
 from data.batches import Split, training_batches
 from models import model_selector
-from regularized_loss import regularizers
-from training.epoch import FiniteSteps, Gradients, NonFiniteStep, build_optimizer
+from regularized_loss import CELoss, regularizers
+from training.epoch import FiniteSteps, NonFiniteStep, TrainingStep, build_optimizer
 from utils import distributed
 
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
@@ -35,7 +35,7 @@ def gradients_of_every_loss(path: str) -> None:
     with distributed.process_group():
         rank, world_size = distributed.rank(), distributed.world_size()
         for name, make in regularizers.items():
-            gradients = Gradients(make(model, WEIGHTS), model)
+            gradients = TrainingStep(make(model, WEIGHTS))
             for batch in training_batches(split, 7, 0, 1, rank=rank, world_size=world_size):
                 model.zero_grad()
                 gradients(batch.images.double(), batch.labels, batch.share * world_size)
@@ -68,11 +68,13 @@ def step_that_is_bad_on_the_last() -> None:
     """Print on every process what FiniteSteps says of a step in which one term of the last process is not finite."""
     with distributed.process_group():
         model = nn.Linear(3, 2)
-        optimizer = build_optimizer(model, 0.1, 0.9, 0.0)
+        optimizer = build_optimizer(CELoss(model), 0.1, 0.9, 0.0)
         model(torch.ones(1, 3)).sum().backward()
         bad = distributed.rank() == distributed.world_size() - 1
         try:
-            FiniteSteps(model, optimizer).check({"a": torch.tensor(1.0), "b": torch.tensor(torch.nan if bad else 1.0)})
+            FiniteSteps(CELoss(model), optimizer).check(
+                {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan if bad else 1.0)}
+            )
         except NonFiniteStep as error:
             sys.stderr.write(str(error))
 

@@ -1,4 +1,4 @@
-"""Training on a GPU: nothing waits for the host, and a captured step is the step."""
+"""Training on a GPU: nothing waits for the host."""
 
 import pytest
 import torch
@@ -9,19 +9,11 @@ from data.batches import Split, training_batches
 from models.model_selector import model_architecture
 from regularized_loss import regularizers
 from training.attacks import PGD, adversarial_batches
-from training.epoch import Gradients, build_optimizer, train_epoch
-from utils import cli
-from utils.precision import PRECISIONS, set_precision
+from training.epoch import TrainingStep, build_optimizer, train_epoch
+from utils.precision import PRECISIONS, autocast_to_bfloat16, training_settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision():
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    torch.set_deterministic_debug_mode("default")
 
 
 def split() -> Split:
@@ -32,29 +24,34 @@ def split() -> Split:
 def build(arch: str, regularizer: str, precision: str):
     torch.manual_seed(0)
     model = model_architecture[arch](10, 16).to(CUDA, memory_format=torch.channels_last)
-    set_precision(model, precision, CUDA)
     loss = regularizers[regularizer](model, train_models.build_parser().parse_args([]))
-    return model, Gradients(loss, model), build_optimizer(model, 0.01, 0.9, 5e-4)
+    if precision == "bf16":
+        autocast_to_bfloat16(model, "cuda")
+    return TrainingStep(loss), build_optimizer(loss, 0.01, 0.9, 5e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("regularizer", regularizers)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_an_epoch_does_not_wait_for_the_host(precision, regularizer, deterministic):
-    cli.seed_everything(0, deterministic)
-    model, gradients, optimizer = build("resnet18lcnn", regularizer, precision)
+    step, optimizer = build("resnet18lcnn", regularizer, precision)
     data = split()
-    train_epoch(model, gradients, optimizer, training_batches(data, 16, 0, 1))  # what libraries do once
 
     def watched():
         torch.cuda.set_sync_debug_mode("error")
         try:
             batches = training_batches(data, 16, 0, 2)
-            yield from adversarial_batches(model, batches, PGD("l2", 0.1, 2, 0.05)) if precision == "fp32" else batches
+            yield from (
+                adversarial_batches(step.loss.model, batches, PGD("l2", 0.1, 2, 0.05))
+                if precision == "fp32"
+                else batches
+            )
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    train_epoch(model, gradients, optimizer, watched())
+    with training_settings(precision, deterministic):
+        train_epoch(step, optimizer, training_batches(data, 16, 0, 1))  # what libraries do once
+        train_epoch(step, optimizer, watched())
 
 
 @pytest.mark.parametrize("more", [[], ["--precision", "bf16", "--no-strong-determinism-wanted"]])

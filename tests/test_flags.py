@@ -174,15 +174,12 @@ def test_robustness(tmp_path_factory, checkpoint, flags):
 @pytest.mark.parametrize(
     ("script", "flags", "word"),
     [
-        (train_models, ["--regularizer", "curvature", "--model-arch", "resnet18"], "--regularizer curvature"),
-        (train_models, ["--beta-weight-decay", "1", "--model-arch", "resnet18"], "--beta-weight-decay"),
         (train_models, ["--lcnn", "--model-arch", "resnet18"], "--lcnn"),
         (train_models, ["--resume", "--overwrite"], "--overwrite"),
         (train_models, ["--batch-size", "1" * 400], "--batch-size: must be less than 2^63"),
         (train_models, ["--num-epochs", str(2**63)], "--num-epochs: must be less than 2^63"),
         (train_models, ["--adv-step-size", "1e300"], "--adv-step-size: must be more than 0 and at most 1e9"),
         (train_models, ["--precision", "tf32", "--device", "cpu"], "--precision tf32"),
-        (train_models, ["--cuda-graph", "--device", "cpu"], "--cuda-graph"),
         (estimate_curvature, ["--data-fraction", "0.5", "--num-samples", "3"], "--num-samples"),
         (evaluate_robustness, ["--data-fraction", "0.5", "--num-samples", "3"], "--num-samples"),
     ],

@@ -20,7 +20,7 @@ from regularized_loss import (
     GradNormRegularizedLoss,
     regularizers,
 )
-from training.epoch import Gradients, build_optimizer, train_epoch
+from training.epoch import TrainingStep, build_optimizer, train_epoch
 
 
 @pytest.fixture
@@ -205,18 +205,36 @@ def test_curvature_losses_refuse_a_network_without_beta_and_gamma():
             loss(nn.Linear(2, 2))
 
 
-def test_a_loss_need_not_extend_celoss(model):
-    """compute_loss and metadata are all that training asks for."""
+class Uncertainty(CELoss):
+    """A learned weight, a number, a counter and a frozen teacher."""
 
-    class Standalone:
-        def compute_loss(self, input, target):
-            self.metadata = {"constant": 2.5}
-            return F.cross_entropy(model(input), target)
+    def __init__(self, model):
+        super().__init__(model)
+        self.log_variance = nn.Parameter(torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.teacher = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(32, 3)).double().requires_grad_(False).eval()
 
-    optimizer = build_optimizer(model, lr=0.1, momentum=0.0, weight_decay=0.0)
-    terms = train_epoch(model, Gradients(Standalone(), model), optimizer, [Batch(*batch(n), n, 1.0) for n in (4, 2)])
-    assert terms["constant"] == 2.5
-    assert terms.keys() == {"train_loss", "constant"}
+    def compute_loss(self, input, target):
+        self.steps += 1
+        raw_loss = self.losses(input, target).mean()
+        distance = (self.model(input) - self.teacher(input)).square().mean()
+        self.metadata = {"raw_loss": raw_loss, "epoch_seen": self.epoch / self.num_epochs}
+        return (-self.log_variance).exp() * raw_loss + self.log_variance + distance
+
+
+def test_a_loss_may_own_parameters_buffers_and_networks(model):
+    """One step without momentum changes the loss's parameter as its gradient says, and leaves the teacher as it is."""
+    loss, (x, y) = Uncertainty(model), batch(4)
+    slope = 1 - F.cross_entropy(model.train()(x), y).item()  # d/ds of exp(-s) L + s at s = 0
+    before = [p.clone() for p in loss.teacher.parameters()]
+    optimizer = build_optimizer(loss, lr=0.1, momentum=0.0, weight_decay=5e-4)
+    loss.epoch, loss.num_epochs = 3, 4
+    terms = train_epoch(TrainingStep(loss), optimizer, [Batch(x, y, 4, 1.0)])
+    assert loss.log_variance.item() == pytest.approx(-0.1 * slope, rel=0.05)  # the power iteration goes on
+    assert terms["epoch_seen"] == 0.75
+    assert loss.steps == 1
+    assert not loss.teacher.training
+    assert all(map(torch.equal, before, loss.teacher.parameters()))
 
 
 def test_the_registry_names_the_references_regularizers():

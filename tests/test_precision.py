@@ -13,20 +13,12 @@ from models.layers import LCNN
 from models.model_selector import model_architecture
 from models.resnet import ResNet
 from regularized_loss import regularizers
-from training.epoch import Gradients
-from utils.precision import precision_of_the_process, set_precision
-
-CPU = torch.device("cpu")
+from training.epoch import TrainingStep
+from utils.precision import autocast_to_bfloat16, denormals_flushed, training_settings
 
 
 def batch():
     return torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
-
-
-@pytest.fixture(autouse=True)
-def _precision_put_back():
-    with precision_of_the_process():
-        yield
 
 
 @pytest.fixture(params=["vgg11lcnn", "vgg11"])
@@ -35,7 +27,7 @@ def models(request):
     torch.manual_seed(0)
     model = model_architecture[request.param](10, 16)
     other = copy.deepcopy(model)
-    set_precision(other, "bf16", CPU)
+    autocast_to_bfloat16(other, "cpu")
     return model.train(), other.train()
 
 
@@ -67,19 +59,52 @@ def test_gradients_are_float32_and_near_those_in_float64():
     torch.manual_seed(0)
     half = ResNet(LCNN, (1, 1, 1, 1), 10, 16)
     double = copy.deepcopy(half).double()
-    set_precision(half, "bf16", CPU)
+    autocast_to_bfloat16(half, "cpu")
     images, labels = batch()
     flags = train_models.build_parser().parse_args([])
     for name in ("none", "curvature_and_gnorm"):
         gradients = []
         for model, x in ((half, images), (double, images.double())):
             model.train().zero_grad()
-            Gradients(regularizers[name](model, flags), model)(x, labels)
+            TrainingStep(regularizers[name](model, flags))(x, labels)
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         found, truth = gradients
         assert found.dtype == torch.float32
         error = ((found - truth).norm() / truth.norm()).item()
         assert 1e-4 < error < 0.2, name
+
+
+def flushed_share(numbers: torch.Tensor) -> float:
+    """How many of the numbers an operation on all threads takes for 0."""
+    return (numbers * 1.0 == 0).double().mean().item()
+
+
+def test_every_thread_flushes_denormals_whatever_ran_before(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        denormals = torch.full((1_000_000,), 1e-39)
+        assert flushed_share(denormals) == 0  # and the worker threads are there
+        with denormals_flushed():
+            assert flushed_share(denormals) == 1
+        assert flushed_share(denormals) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_training_puts_the_settings_of_the_process_back():
+    def settings():
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        return tf32, torch.get_deterministic_debug_mode(), fill, torch.backends.cudnn.benchmark
+
+    before = settings()
+    for precision, deterministic in (("tf32", True), ("fp32", False)):
+        with training_settings(precision, deterministic):
+            assert settings()[0] == ((precision == "tf32"),) * 2
+            assert settings()[1] == (2 if deterministic else 0)
+            assert settings()[3] != deterministic
+        assert settings() == before
 
 
 def test_a_run_in_bfloat16_is_of_its_own_kind(photographs, tmp_path, capsys):

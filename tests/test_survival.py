@@ -24,6 +24,7 @@ from models.checkpoint import read_checkpoint
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import read_metrics, states_equal
 from training.epoch import FiniteSteps, NonFiniteStep, build_optimizer
+from training.run_files import Run
 from utils.errors import UserError
 from utils.files import write_atomically
 
@@ -113,15 +114,15 @@ def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(s
     assert result.stdout.splitlines()[-1].endswith("--overwrite")
     assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == old
 
-    write_csv = train_models.write_csv
+    write_metrics = Run.write_metrics
 
-    def interrupted(path, rows):  # when the first epoch of the new run is saved
+    def interrupted(run, rows):  # when the first epoch of the new run is saved
         assert {path.name for path in (folder / "run").glob("[!.]*.p*")} == {f"{NAME}.unfinished.pt"}
-        write_csv(path, rows)
+        write_metrics(run, rows)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_models, "write_csv", interrupted)
+        patch.setattr(Run, "write_metrics", interrupted)
         result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite"], capsys)
     assert result.stdout.splitlines()[-1].endswith("--resume")
     assert run_main(train_models, [*flags, "--num-epochs", 2, "--resume"], capsys).returncode == 0
@@ -170,7 +171,7 @@ def unfinished_run(small_run, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     flags += ["--output-dir", folder / "run", "--num-epochs", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(train_models, "write_csv", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
         assert run_main(train_models, flags, capsys).returncode == 130
     return flags, folder, (folder / "run" / f"{NAME}.unfinished.pt").read_bytes()
 
@@ -184,7 +185,7 @@ def test_a_file_system_without_locks(small_run, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     result = run_main(train_models, [*flags, "--output-dir", folder / "run"], capsys)
-    assert_one_line_error(result, 1, "cannot be locked (No locks available)", "--output-dir")
+    assert_one_line_error(result, 1, "cannot be locked", "No locks available", "--output-dir")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(small_run, monkeypatch, capsys):
@@ -376,8 +377,8 @@ def test_a_mistake_in_a_loss_keeps_its_traceback(small_run, monkeypatch, capsys)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_no_step_is_taken_with_a_gradient_that_is_not_finite(value):
     model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(model, 0.1, 0.9, 5e-4)
-    finite = FiniteSteps(model, optimizer)
+    optimizer = build_optimizer(CELoss(model), 0.1, 0.9, 5e-4)
+    finite = FiniteSteps(CELoss(model), optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)

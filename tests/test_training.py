@@ -9,12 +9,13 @@ from torch import nn
 from data.batches import Split
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
+from regularized_loss import CELoss
 from training.epoch import build_optimizer, calibrate_batchnorm, evaluate, learning_rate, load_optimizer_state
 
 
 def test_beta_and_gamma_have_no_weight_decay_and_everything_else_has():
     model = model_architecture["vgg11lcnn"](10, 16)
-    optimizer = build_optimizer(model, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = build_optimizer(CELoss(model), lr=0.1, momentum=0.9, weight_decay=5e-4)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -39,7 +40,7 @@ def test_momenta_of_an_optimizer_that_was_not_fused_go_on():
     old = nn.Conv2d(4, 3, 3)
     new = nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last)
     new.load_state_dict(old.state_dict())
-    optimizers = [torch.optim.SGD(old.parameters(), lr=0.1, momentum=0.9), build_optimizer(new, 0.1, 0.9, 0.0)]
+    optimizers = [torch.optim.SGD(old.parameters(), lr=0.1, momentum=0.9), build_optimizer(CELoss(new), 0.1, 0.9, 0.0)]
     gradients = [torch.randn_like(p) for p in old.parameters()]
     for step in range(2):
         for model, optimizer in zip((old, new), optimizers, strict=True):
@@ -61,7 +62,7 @@ def test_a_weight_may_get_its_first_gradient_after_the_first_step():
     plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     plain.load_state_dict(model.state_dict())
     pairs = (
-        (model, build_optimizer(model, 0.1, 0.9, 5e-4)),
+        (model, build_optimizer(CELoss(model), 0.1, 0.9, 5e-4)),
         (plain, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)),
     )
     x = torch.randn(5, 3)
@@ -126,7 +127,7 @@ def test_weight_decay_on_beta_is_on_beta_itself():
     x = torch.rand(5, 3, dtype=torch.float64)
     gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, lr=0.1, momentum=0.0, weight_decay=0.0, beta_weight_decay=0.7)
+    optimizer = build_optimizer(CELoss(model), lr=0.1, momentum=0.0, weight_decay=0.0, beta_weight_decay=0.7)
     model(x).square().sum().backward()
     optimizer.step()
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):

@@ -1,7 +1,8 @@
-"""Training: the optimizer, one epoch, evaluation, and the BatchNorm statistics a low-curvature network starts from."""
+"""One epoch of training: the optimizer, the training step, evaluation, and BatchNorm's first statistics."""
 
-import math
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,28 +12,35 @@ from torch import Tensor, nn
 from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from regularized_loss import CELoss
-from training import parallel
+from training.parallel import average_statistics, data_parallel, equalize_buffers
 from utils import distributed
 from utils.errors import UserError, one_line
 
+# of the metrics, beside the terms of the loss
+COLUMNS = ("epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second")
+
 
 def build_optimizer(
-    model: nn.Module, lr: float, momentum: float, weight_decay: float, beta_weight_decay: float = 0.0
+    loss: CELoss, lr: float, momentum: float, weight_decay: float, beta_weight_decay: float = 0.0
 ) -> torch.optim.SGD:
-    """SGD with weight decay on everything except log beta and log gamma (paper, appendix: they have penalties).
+    """SGD for the network's parameters and the loss's own.
 
+    Weight decay is on the network's, except log beta and log gamma (paper, appendix: they have penalties).
     beta_weight_decay is for beta itself, not for the log beta that is trained, whose decay would draw beta to 1.
     """
-    log_betas = [m.log_beta for m in model.modules() if isinstance(m, CenteredSoftplus)]
-    undecayed = log_betas + [m.log_gamma for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    undecayed_ids = {id(parameter) for parameter in undecayed}
-    decayed = [parameter for parameter in model.parameters() if id(parameter) not in undecayed_ids]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
-    if undecayed:
-        groups.append({"params": undecayed, "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
-    if momentum:  # what a fused optimizer would add at its first step, but not at a later one, to what has a gradient
-        for parameter in (p for group in groups for p in group["params"]):
+    log_betas = [m.log_beta for m in loss.model.modules() if isinstance(m, CenteredSoftplus)]
+    log_gammas = [m.log_gamma for m in loss.model.modules() if isinstance(m, LipschitzBatchNorm2d)]
+    bends, of_model = {id(p) for p in log_betas + log_gammas}, {id(p) for p in loss.model.parameters()}
+    groups = [
+        {"params": [p for p in loss.model.parameters() if id(p) not in bends], "weight_decay": weight_decay},
+        {"params": log_betas + log_gammas, "weight_decay": 0.0},
+        {"params": [p for p in loss.parameters() if id(p) not in of_model], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=lr, momentum=momentum, fused=True)
+    if momentum:
+        # Fused SGD creates momentum buffers only in its first step. Create all of them now: some parameters get their
+        # first gradient later.
+        for parameter in loss.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
@@ -74,12 +82,8 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in milestones)
 
 
-# of the metrics, beside the terms of the loss
-COLUMNS = ("epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second")
-
-
-class Gradients:
-    """gradients(images, labels, weight): the loss of a batch and, in every parameter's grad, weight times its gradient.
+class TrainingStep:
+    """step(images, labels, weight): computes the loss of a batch, and adds weight times its gradient to every grad.
 
     A penalty on the input gradient is inside compute_loss, as autograd.grad with create_graph: one backward pass then
     gives the gradient of loss and penalty together. With several processes it is their mean, see ``data_parallel``.
@@ -88,14 +92,14 @@ class Gradients:
         ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
 
-    def __init__(self, loss: CELoss, model: nn.Module, find_unused: bool = False):
-        self.loss, self.compute_loss = loss, parallel.data_parallel(loss, model, find_unused)
+    def __init__(self, loss: CELoss):
+        self.loss, self.parallel_loss = loss, data_parallel(loss)
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
-        total = self.compute_loss(images, labels)
+        total = self.parallel_loss(images, labels)
         self.check_total(total)
-        terms = self.loss.terms if isinstance(self.loss, CELoss) else self.loss.metadata
+        terms = self.loss.terms
         self.check_terms(terms)
         (total * weight).backward()
         return {"train_loss": total.detach(), **terms}
@@ -115,9 +119,8 @@ class Gradients:
                 "network's output"
             )
 
-    def check_terms(self, terms: dict[str, Tensor | float]) -> None:
-        """Raise UserError unless the terms can be columns of the metrics: numbers, of names of their own, the same in
-        every step."""
+    def check_terms(self, terms: dict[str, Tensor]) -> None:
+        """Raise UserError unless the terms can be columns of the metrics: scalars, the same in every step."""
         if self.names is None:
             self.names = list(terms)
         problem = None
@@ -125,10 +128,8 @@ class Gradients:
             problem = f"{taken[0]!r} is a column of the metrics already; rename it"
         elif list(terms) != self.names:
             problem = f"{', '.join(self.names)} at first, {', '.join(terms)} later; set the same in every step"
-        elif odd := [name for name, term in terms.items() if isinstance(term, Tensor) and term.ndim]:
+        elif odd := [name for name, term in terms.items() if term.ndim]:
             problem = f"{odd[0]!r} is of shape {tuple(terms[odd[0]].shape)}; set a scalar"
-        elif odd := [name for name, term in terms.items() if not isinstance(term, (Tensor, int, float))]:
-            problem = f"{odd[0]!r} is a {type(terms[odd[0]]).__name__}; set a number"
         if problem:
             raise UserError(f"the terms in the metadata of {type(self.loss).__name__}: {problem}")
 
@@ -138,23 +139,23 @@ class NonFiniteStep(Exception):
 
 
 class FiniteSteps:
-    """Lets the optimizer, a fused one, take no step from the first on whose loss or gradient is not finite.
+    """From the first non-finite loss or gradient on, the fused optimizer skips its updates, because ``found_inf`` is 1.
 
     On a GPU nothing is read back before the epoch ends, so that no step waits for it; on a CPU it is at once.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
+        self.parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         self.optimizer, self.step = optimizer, 0
         self.bad: Tensor | None = None
 
-    def check(self, terms: dict[str, Tensor | float]) -> None:
+    def check(self, terms: dict[str, Tensor]) -> None:
         """To be called between the gradients of a step and the optimizer's step."""
         self.step += 1
         device = self.parameters[0].device
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
-        # what a loss computed on the host is left out: to send it to the device would wait
-        terms = {n: t for n, t in terms.items() if isinstance(t, Tensor) and t.device == device}
+        # a term that was computed on the host is left out: to send it to the device would wait
+        terms = {name: term for name, term in terms.items() if term.device == device}
         terms["the gradient"] = norms.sum()
         self.names = list(terms)
         values = distributed.summed_on_device(torch.stack([term.float() for term in terms.values()]))
@@ -177,40 +178,64 @@ class FiniteSteps:
             raise NonFiniteStep(f"step {int(self.first)}: {', '.join(bad)}, so the step was not taken")
 
 
-def train_epoch(
-    model: nn.Module, gradients: Gradients, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]
-) -> dict[str, float]:
-    """One pass of optimizer steps over batches, the model in training mode.
+def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> dict[str, float]:
+    """One pass of optimizer steps over batches, the network in training mode.
 
     Returns:
-        Means over the examples of what ``gradients`` returns.
+        Means over the examples of what ``step`` returns.
 
     Raises:
         UserError: on a batch too small to train BatchNorm with.
         NonFiniteStep: on a loss or gradient that is not finite, before the optimizer uses it.
     """
-    model.train()
+    loss, model = step.loss, step.loss.model
+    model.train()  # the rest of the loss, a teacher say, stays in the mode it is in
     sums: dict[str, Tensor] = {}  # stay on the device: reading a number after every step would wait for it
     num_examples = 0
-    finite = FiniteSteps(model, optimizer)
+    finite = FiniteSteps(loss, optimizer)
     for images, labels, size, share in batches:
         optimizer.zero_grad(set_to_none=True)
         try:
-            terms = gradients(images, labels, share * distributed.world_size())
+            terms = step(images, labels, share * distributed.world_size())
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UserError("BatchNorm cannot be trained on one example of this size; raise --batch-size") from None
             raise
         finite.check(terms)
         optimizer.step()
-        parallel.average_statistics(model, share)
+        average_statistics(model, share)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term * (share * size)
         num_examples += size
     finite.raise_if_bad()
-    parallel.equalize_buffers(model)
+    equalize_buffers(loss)
     means = distributed.summed([float(value) / num_examples for value in sums.values()])
     return dict(zip(sums, means, strict=True))
+
+
+@contextmanager
+def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[None]:
+    """Say in one line why training failed: the network, and the loss in regularized_loss.py, are the user's own code.
+
+    A mistake in regularized_loss.py itself keeps its traceback: whoever wrote it needs the line.
+    """
+    name = type(loss).__name__
+    try:
+        yield
+    except NonFiniteStep as error:
+        remedy = f"a smaller --lr may help, or look at how {name} computes it"
+        raise UserError(f"epoch {epoch}, {error}; what was saved before it stays; {remedy}") from None
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        in_the_loss = not isinstance(error, RuntimeError) and Path(last).name == "regularized_loss.py"
+        if in_the_loss or isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        if distributed.is_loss(error) or "can't allocate memory" in str(error):
+            raise
+        remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
+        if "deterministic" in str(error):
+            remedy = "--no-strong-determinism-wanted may help"
+        raise UserError(f"{model_arch}: cannot be trained with {name} ({one_line(error)}); {remedy}") from error
 
 
 @torch.no_grad()
@@ -246,10 +271,9 @@ def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
     """
 
     def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        if norm.running_mean is None:  # it uses each batch's own, always
-            return
-        norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
-        norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
+        if norm.running_mean is not None:  # otherwise it uses each batch's own, always
+            norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+            norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))
 
     was_training = model.training
     hooks = [m.register_forward_pre_hook(set_statistics) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -259,8 +283,3 @@ def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-
-
-def is_finite(terms: dict[str, float]) -> bool:
-    """Whether every value is a number one can go on from."""
-    return all(math.isfinite(value) for value in terms.values())

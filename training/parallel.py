@@ -1,19 +1,38 @@
 """Training on several processes: gradients and running statistics of the whole batch."""
 
 import warnings
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from models.resnet import ResNet
+from models.vgg import VGG
 from utils.distributed import world_size
+
+
+def data_parallel(loss: nn.Module) -> nn.Module:
+    """The loss; with several processes one whose backward pass averages the gradients over them.
+
+    The parameters and buffers of all processes become the first one's. DistributedDataParallel expects one backward
+    pass for each forward. It wraps the loss, not the network, so that compute_loss may apply that as often as it likes.
+    """
+    if world_size() == 1:
+        return loss
+    equalize_buffers(loss)
+    # ours use every parameter in every step; to look for unused ones takes time
+    own = len(list(loss.parameters())) - len(list(loss.model.parameters()))
+    find_unused = own > 0 or not isinstance(loss.model, (ResNet, VGG))
+    with warnings.catch_warnings():  # newer versions of torch call broadcast_buffers forward_sync_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused
+        )
 
 
 @torch.no_grad()
 def average_statistics(model: nn.Module, share: float) -> None:
-    """Every BatchNorm's running statistics become their mean over the processes, weighted by their shares, which sum
-    to 1: those of the whole batch's parts."""
+    """Average the running statistics of every BatchNorm over the processes, weighted by their shares of the batch."""
     if world_size() == 1:
         return
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -27,42 +46,8 @@ def average_statistics(model: nn.Module, share: float) -> None:
 
 
 @torch.no_grad()
-def equalize_buffers(model: nn.Module) -> None:
+def equalize_buffers(loss: nn.Module) -> None:
     """Every buffer becomes the first process's: what each computed from the same numbers may differ by a rounding."""
     if world_size() > 1:
-        for buffer in model.buffers():
+        for buffer in loss.buffers():
             dist.broadcast(buffer, 0)
-
-
-class ComputeLoss(nn.Module):
-    """A loss as a module whose forward is compute_loss, for DistributedDataParallel.
-
-    To wrap the loss rather than the model leaves ``loss.model`` the network it is, and lets compute_loss apply it as
-    often as it likes before the one backward pass that DistributedDataParallel expects.
-    """
-
-    def __init__(self, loss, model: nn.Module):
-        super().__init__()
-        self.loss, self.model = loss, model
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.loss.compute_loss(images, labels)
-
-
-def data_parallel(loss, model: nn.Module, find_unused: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    """loss.compute_loss; with several processes one whose backward pass averages the model's gradients over them.
-
-    The parameters and buffers of all processes become the first one's. find_unused is for a model with parameters that
-    the loss may not depend on.
-    """
-    if world_size() == 1:
-        return loss.compute_loss
-    equalize_buffers(model)
-    with warnings.catch_warnings():  # newer versions of torch call broadcast_buffers forward_sync_buffers
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(
-            ComputeLoss(loss, model),
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=find_unused,
-        )

@@ -1,112 +1,163 @@
 """The files of one training run, and the rules that keep one run from overwriting another."""
 
 import argparse
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.datasets import ImageData
-from utils.errors import UsageError, UserError
-from utils.files import make_room, remove_leftovers
+import filelock
+import pandas as pd
+
+from data.datasets import ImageData, datasets
+from models.checkpoint import read_checkpoint, save_checkpoint
+from utils import distributed
+from utils.errors import UsageError, UserError, one_line
+from utils.files import make_room, remove_leftovers, write_atomically
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
 MACHINE_FLAGS = {"device", "output_dir", "download", "resume", "overwrite"}
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """Paths of a run: <arch>[_<regularizer>][_adversarial]_<dataset>.pt at its end, ....unfinished.pt after each epoch
-    until then. <arch> of package.module:callable has a dot for the colon, and "lcnn" at its end with --lcnn."""
+@dataclass
+class Run:
+    """A run's files, what --resume found in them, and whether they are this run's yet.
+
+    The files are <arch>[_<regularizer>][_adversarial]_<dataset>.pt at the run's end, ....unfinished.pt after each epoch
+    until then, ..._metrics.csv and ....png. <arch> of package.module:callable has a dot for the colon, and "lcnn" at
+    its end with --lcnn.
+    """
 
     checkpoint: Path
     unfinished: Path
     metrics: Path
     picture: Path
+    image_size: int
+    flags: dict  # what the checkpoint records of them
+    path: Path | None = None  # of the checkpoint to go on from
+    saved: dict | None = None  # its content
+    has_saved: bool = False  # an epoch of this run, or one before it
 
-    @staticmethod
-    def named(flags: argparse.Namespace) -> "RunFiles":
-        """The files of the run that train_models.py's flags describe; makes the output directory."""
-        parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
-        parts += [flags.regularizer] if flags.regularizer != "none" else []
-        parts += ["adversarial"] if flags.adversarial_training else []
-        name = "_".join([*parts, flags.dataset])
-        directory = flags.output_dir
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--output-dir {directory} cannot be made a folder ({error.strerror}); name another"
-            ) from error
-        return RunFiles(
-            *(directory / f"{name}{suffix}" for suffix in (".pt", ".unfinished.pt", "_metrics.csv", ".png"))
-        )
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was finished before it was opened."""
+        return self.path == self.checkpoint
 
-    def saved(self) -> Path | None:
-        """What there is to resume: the unfinished checkpoint, else the finished one, else None.
+    def record(self, metrics: list[dict], entries: dict, is_last: bool) -> None:
+        """Save the epochs done so far; what a run replaces goes only now that something is in its place.
 
-        Both are there if the run was killed just as it finished; its last epoch is then simply done again.
+        Args:
+            metrics: a row for each epoch.
+            entries: the checkpoint's others; a finished one does without the optimizer's.
         """
-        return next((path for path in (self.unfinished, self.checkpoint) if path.exists()), None)
+        own = {"image_size": self.image_size, "flags": self.flags, "epoch": len(metrics), "metrics": metrics}
+        if is_last:
+            save_checkpoint(self.checkpoint, {n: e for n, e in entries.items() if n != "optimizer"} | own)
+            self.unfinished.unlink(missing_ok=True)
+        else:
+            save_checkpoint(self.unfinished, entries | own)
+            if not self.has_saved:
+                self.checkpoint.unlink(missing_ok=True)
+                self.picture.unlink(missing_ok=True)
+        self.has_saved = True
+        self.write_metrics(metrics)
 
-    def refuse_to_overwrite(self) -> None:
-        """Raise UsageError if a run of this name is there, or a part of one."""
-        if path := self.saved():
-            raise UsageError(
-                f"{path} exists; pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
-            )
-        for path in (self.metrics, self.picture):
-            if path.exists():
-                raise UsageError(
-                    f"{path} exists, without its checkpoint; pass --overwrite to replace it, or another --output-dir"
-                )
+    def write_metrics(self, metrics: list[dict]) -> None:
+        """A row for each epoch, as CSV."""
+        write_atomically(self.metrics, pd.DataFrame(metrics).to_csv(index=False).encode())
+
+
+def name_run(flags: argparse.Namespace) -> Run:
+    """The run that train_models.py's flags describe; makes the output directory."""
+    parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
+    parts += [flags.regularizer] if flags.regularizer != "none" else []
+    parts += ["adversarial"] if flags.adversarial_training else []
+    name = "_".join([*parts, flags.dataset])
+    try:
+        flags.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"--output-dir {flags.output_dir} cannot be made a folder ({error.strerror})"
+        raise UserError(f"{problem}; name another") from error
+    paths = [flags.output_dir / f"{name}{end}" for end in (".pt", ".unfinished.pt", "_metrics.csv", ".png")]
+    image_size = flags.image_size or datasets[flags.dataset].image_size
+    recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
+    recorded |= {"data_dir": str(Path(flags.data_dir).resolve()), "image_size": image_size}
+    return Run(*paths, image_size, recorded)
 
 
 @contextmanager
-def only_run_of(files: RunFiles) -> Iterator[None]:
-    """Hold the run's lock, which a process that dies lets go of; what one left half-written is removed.
+def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterator[Run]:
+    """The run that train_models.py's flags describe, with no other process at its files.
+
+    Of several processes all have it, and the first reads and writes the files.
+
+    Args:
+        defaults: the flags' defaults. A flag that did not exist when a run was started had, in effect, that value.
 
     Raises:
-        UserError: if another process holds it, or the folder cannot be written.
+        UserError: if another process trains the run, or its files cannot be written or resumed.
+        UsageError: if a run is in the way, or was started with other flags.
     """
-    path = files.checkpoint.with_name(f".{files.checkpoint.name}.lock")
-    while True:
-        try:
-            lock = open(path, "w")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{path.parent} cannot be written ({error.strerror}); give another --output-dir") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            if isinstance(error, BlockingIOError):
-                problem = f"another process is training {files.checkpoint}; wait for it, or"
-            else:  # some network file systems
-                problem = f"{path} cannot be locked ({error.strerror});"
-            raise UserError(f"{problem} give another --output-dir") from error
-        # one that ended meanwhile may have removed the file that was opened
-        if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
-            break
-        lock.close()
+    run = name_run(flags)
+    with ExitStack() as stack:
+        distributed.from_first(lambda: stack.enter_context(only_process_of(run)))
+        found = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
+        run.path, run.saved = found or (None, None)
+        run.has_saved = not flags.overwrite
+        yield run
+
+
+@contextmanager
+def only_process_of(run: Run) -> Iterator[None]:
+    """Hold the run's lock, which a process that dies lets go of; what one left half-written is removed."""
+    make_room(run.checkpoint)
+    lock = filelock.FileLock(run.checkpoint.with_name(f".{run.checkpoint.name}.lock"), timeout=0)
     try:
-        for file in (files.checkpoint, files.unfinished, files.metrics, files.picture):
+        lock.acquire()
+    except filelock.Timeout as error:
+        problem = f"another process is training {run.checkpoint}; wait for it, or"
+        raise UserError(f"{problem} give another --output-dir") from error
+    except (OSError, NotImplementedError) as error:  # some network file systems
+        problem = f"{lock.lock_file} cannot be locked ({one_line(error)})"
+        raise UserError(f"{problem}; give another --output-dir") from error
+    try:
+        for file in (run.checkpoint, run.unfinished, run.metrics, run.picture):
             remove_leftovers(file)
-        make_room(files.checkpoint)
         yield
     finally:
         with suppress(OSError):  # the folder may not be writable any more; what went wrong then is said by others
-            path.unlink(missing_ok=True)
-        lock.close()
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
-def check_same_flags(path: Path, checkpoint: dict, flags: dict, defaults: dict) -> None:
-    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved.
+def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from with its path, if --resume finds one; UsageError if a run is in the way."""
+    # both are there if the run was killed just as it finished; its last epoch is then done again
+    path = next((path for path in (run.unfinished, run.checkpoint) if path.exists()), None)
+    if flags.resume and path:
+        try:
+            saved = read_checkpoint(path, flags.model_arch)
+        except UsageError:
+            raise
+        except UserError as error:
+            raise UserError(f"{error}, or start again, with --overwrite") from error
+        check_same_flags(path, saved, run.flags, defaults)
+        check_resumable(path, saved)
+        return path, saved
+    if not flags.overwrite:
+        if path:
+            remedy = "pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
+            raise UsageError(f"{path} exists; {remedy}")
+        for path in (run.metrics, run.picture):
+            if path.exists():
+                remedy = "pass --overwrite to replace it, or another --output-dir"
+                raise UsageError(f"{path} exists, without its checkpoint; {remedy}")
+    return None
 
-    A flag that did not exist when the run was started had, in effect, its value in ``defaults``.
-    """
-    theirs = checkpoint.get("flags")
+
+def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
+    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved."""
+    theirs = saved.get("flags")
     if theirs is None:
         raise UsageError(f"{path} was not written by train_models.py and cannot be resumed")
     for name in sorted(theirs.keys() | flags.keys()):
@@ -119,18 +170,19 @@ def check_same_flags(path: Path, checkpoint: dict, flags: dict, defaults: dict) 
             )
 
 
-def check_resumable(path: Path, checkpoint: dict) -> None:
+def check_resumable(path: Path, saved: dict) -> None:
     """Raise UserError unless the checkpoint at ``path`` has a row of metrics for every epoch, to go on from."""
-    rows, epoch = checkpoint["metrics"], checkpoint["epoch"]
+    rows, epoch = saved["metrics"], saved["epoch"]
     whole = len(rows) == epoch > 0 and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
     if not whole or not all(isinstance(value, (int, float)) for row in rows for value in row.values()):
         raise UserError(f"{path}: its metrics are not those of {epoch} epochs; start again, with --overwrite")
 
 
-def check_same_data(path: Path, checkpoint: dict, data: ImageData) -> None:
-    """Raise UsageError unless the run at ``path`` was trained on these very images, classes and labels."""
-    if checkpoint.get("class_names") != data.class_names or checkpoint.get("data") != data.fingerprint():
+def check_same_data(run: Run, data: ImageData) -> None:
+    """Raise UsageError unless the run that goes on was started on these very images, classes and labels."""
+    saved = run.saved
+    if saved and (saved.get("class_names") != data.class_names or saved.get("data") != data.fingerprint()):
         raise UsageError(
-            f"--resume: {path} was started on other data, at {checkpoint['flags'].get('data_dir')}; "
+            f"--resume: {run.path} was started on other data, at {saved['flags'].get('data_dir')}; "
             "give that as --data-dir, or another --output-dir"
         )

@@ -111,20 +111,6 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     return group
 
 
-def seed_everything(seed: int, strong_determinism: bool) -> None:
-    """Seed torch's generators; with strong_determinism also forbid operations whose result can differ between runs."""
-    torch.manual_seed(seed)
-    # what use_deterministic_algorithms does, without its import of torch's compiler, which takes seconds
-    torch.set_deterministic_debug_mode("error" if strong_determinism else "default")
-    if strong_determinism:
-        # cuBLAS reads it when it starts: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-        # deterministic mode also fills fresh memory, which guards against reading it unset and costs 12-15 %
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    # the two contradict each other: benchmarking picks kernels by their time
-    torch.backends.cudnn.benchmark = not strong_determinism
-
-
 @contextmanager
 def sigterm_as_an_exception() -> Iterator[None]:
     """Raise Terminated on SIGTERM, as KeyboardInterrupt is on Ctrl-C: files under way are cleaned up."""

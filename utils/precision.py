@@ -1,5 +1,7 @@
-"""The arithmetic of training: float32, or convolutions in TF32 or bfloat16, which a GPU's tensor cores do faster."""
+"""The process's settings while it trains or measures: determinism, denormals, and the precision of float32."""
 
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
@@ -12,6 +14,7 @@ from utils.errors import UsageError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.cudnn)  # where TF32 may be allowed
+PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -21,14 +24,69 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 @contextmanager
-def precision_of_the_process() -> Iterator[None]:
-    """Put back afterwards what ``set_precision`` changes for the whole process."""
-    allowed = [backend.allow_tf32 for backend in BACKENDS]
+def training_settings(precision: str = "fp32", deterministic: bool = True) -> Iterator[None]:
+    """All that training sets for the whole process, put back afterwards.
+
+    Args:
+        precision: with "tf32", matrix products and convolutions read their float32 inputs to 10 bits.
+        deterministic: forbid operations whose result can differ between runs.
+    """
+    with tf32_allowed(precision == "tf32"), determinism(deterministic), denormals_flushed():
+        yield
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may read float32 to 10 bits; torch's default lets convolutions do so."""
+    before = [backend.allow_tf32 for backend in BACKENDS]
     try:
+        for backend in BACKENDS:
+            backend.allow_tf32 = allowed
         yield
     finally:
-        for backend, was in zip(BACKENDS, allowed, strict=True):
+        for backend, was in zip(BACKENDS, before, strict=True):
             backend.allow_tf32 = was
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic operations alone, or the fastest kernels, whatever their last bits."""
+    memory = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    try:
+        # what use_deterministic_algorithms does, without its import of torch's compiler, which takes seconds
+        torch.set_deterministic_debug_mode("error" if wanted else "default")
+        if wanted:
+            # cuBLAS reads it when it starts: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+            memory.fill_uninitialized_memory = False  # it guards against reading unset memory, and costs 12-15 %
+        torch.backends.cudnn.benchmark = not wanted  # it picks kernels by their time
+        yield
+    finally:
+        mode, memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before
+        torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers below 1e-38 become 0. A smooth ReLU puts out many, and CPUs are slow with them.
+
+    The setting is each thread's own, and a new thread inherits it. So torch's worker threads are ended at both changes:
+    the next operation starts others.
+    """
+    try:
+        torch.set_flush_denormal(True)
+        end_worker_threads()
+        yield
+    finally:
+        torch.set_flush_denormal(False)  # what is measured later in this process needs them
+        end_worker_threads()
+
+
+def end_worker_threads() -> None:
+    """Let OpenMP end its idle threads; where torch is built on another library they stay as they are."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).omp_pause_resource_all(PAUSE_SOFT)
 
 
 @contextmanager
@@ -40,35 +98,20 @@ def float32_proper() -> Iterator[None]:
     """
     with ExitStack() as stack:
         with suppress(RuntimeError):
-            stack.enter_context(precision_of_the_process())
-            set_tf32("fp32")
+            stack.enter_context(tf32_allowed(False))
         yield
 
 
-def set_precision(model: nn.Module, precision: str, device: torch.device) -> None:
-    """Make training compute in one of ``PRECISIONS``; weights, losses and penalties stay in float32 in each.
-
-    tf32: matrix products and convolutions read their float32 inputs to 10 bits. bf16: autocast of the model's forward
-    wherever gradients are taken; spectral norms and what is evaluated without gradients stay in float32.
-    """
-    set_tf32(precision)
-    if precision == "bf16":
-        autocast_to_bfloat16(model, device.type)
-
-
-def set_tf32(precision: str) -> None:
-    """The part of ``set_precision`` that is the process's, not the model's."""
-    for backend in BACKENDS:
-        backend.allow_tf32 = precision == "tf32"
-
-
 def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
-    """Wrap the model's forward: (N, ...) -> float32 logits, computed under autocast while gradients are recorded."""
+    """Wrap the model's forward: (N, ...) -> float32 logits, computed in bfloat16 wherever gradients are recorded.
+
+    Weights, losses, penalties and spectral norms stay in float32, and so does what is evaluated without gradients.
+    """
     forward = model.forward
 
     @wraps(forward)
     def autocast_forward(x: Tensor) -> Tensor:
-        # without the cache of cast weights: a CUDA graph must not keep one, and each weight is used once
+        # without the cache of cast weights: each is used once
         with torch.autocast(device_type, torch.bfloat16, enabled=torch.is_grad_enabled(), cache_enabled=False):
             logits = forward(x)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
