@@ -1,6 +1,6 @@
 """Runs that are killed, that find no room, that go wrong, or that are not alone; and runs that are repeated."""
 
-import ctypes
+import copy
 import errno
 import fcntl
 import io
@@ -12,14 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from typing import ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script
+from conftest import ROOT, assert_one_line_error, run_main, run_script
 
 import train_models
-from curvature.estimate import estimate_curvature
 from models.checkpoint import read_checkpoint
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import read_metrics, states_equal
@@ -233,13 +231,6 @@ def test_no_room_at_all(small_run, monkeypatch, capsys):
     assert path.read_bytes() == b"old"
 
 
-def without_roots_privilege() -> None:
-    """In a child process: give up root's right to write what its permissions forbid."""
-    drop_from_bounding_set, override_permissions = 24, 1  # prctl.h, capability.h
-    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(drop_from_bounding_set, override_permissions, 0, 0, 0):
-        raise OSError("root's privilege cannot be given up here")
-
-
 def start_in(folder, flags, until: str, **more) -> subprocess.Popen:
     """A run that has printed a line which starts so."""
     run = subprocess.Popen(
@@ -255,29 +246,29 @@ def start_in(folder, flags, until: str, **more) -> subprocess.Popen:
     return run
 
 
-def test_a_folder_that_becomes_read_only(small_run):
+def test_a_folder_that_becomes_read_only(small_run, monkeypatch, capsys):
+    """As root may write anywhere, the refusal of the system is acted."""
     flags, folder = small_run
-    place = folder / "run"
-    flags += ["--num-epochs", 100_000, "--output-dir", place]
-    first = start_in(folder, flags, "epoch 1/", preexec_fn=without_roots_privilege)
-    try:
-        place.chmod(0o555)
-        _, errors = first.communicate(timeout=60)
-        stopped = subprocess.CompletedProcess(flags, first.returncode, "", errors)
-        assert_one_line_error(stopped, 1, "could not be written (Permission denied)", "another place")
-        last = read_checkpoint(place / f"{NAME}.unfinished.pt")["epoch"]
-        assert last >= 1
-        again = train_in(folder, *flags, "--resume", preexec_fn=without_roots_privilege)
+    monkeypatch.chdir(folder)
+    flags += ["--num-epochs", 3, "--output-dir", folder / "run"]
+    evaluate, replace = train_models.evaluate, os.replace
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def make_read_only(*arguments):  # when the first epoch is saved
+        monkeypatch.setattr(os, "replace", refuse if list((folder / "run").glob("*.unfinished.pt")) else replace)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_models, "evaluate", make_read_only)
+        stopped = run_main(train_models, flags, capsys)
+    assert_one_line_error(stopped, 1, "could not be written (Permission denied)", "another place")
+    assert read_checkpoint(folder / "run" / f"{NAME}.unfinished.pt")["epoch"] == 1
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for more in (["--resume"], ["--overwrite"]):
+        again = run_main(train_models, [*flags, *more], capsys)
         assert_one_line_error(again, 1, "cannot be written (Permission denied)", "another place")
-        command = [sys.executable, ROOT / "estimate_curvature.py", "--model-filename", place / f"{NAME}.unfinished.pt"]
-        command += ["--model-arch", "small_net:make", "--output", place / "out.csv"]
-        measured = subprocess.run(
-            list(map(str, command)), cwd=folder, capture_output=True, text=True, preexec_fn=without_roots_privilege
-        )
-        assert_one_line_error(measured, 1, "out.csv cannot be written (Permission denied)", "another place")
-    finally:
-        first.kill()
-        place.chmod(0o755)
 
 
 class GoesBad(CELoss):
@@ -307,61 +298,86 @@ def test_a_loss_that_goes_bad_stops_the_run_at_that_step(small_run, monkeypatch,
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-class OddTerms(CELoss):
-    """Its terms are those of the step in ``sets``."""
+class Odd(CELoss):
+    """``answer`` makes its metadata, by step, and its total of its cross-entropies."""
 
-    sets: ClassVar[list[dict]] = []
+    answer = None
 
     def compute_loss(self, input, target):
+        self.steps = getattr(self, "steps", 0) + 1
+        self.metadata, total = type(self).answer(self.losses(input, target), self.steps)
+        return total
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda losses, step: ({"a": torch.ones(1)}, losses.mean()), "'a' is of shape (1,); set a scalar"),
+        (lambda losses, step: (dict.fromkeys("ab"[:step], 1.0), losses.mean()), "a at first, a, b later"),
+        (lambda losses, step: ({"epoch": 1.0}, losses.mean()), "'epoch' is a column"),
+        (lambda losses, step: ({}, None), "returned a NoneType"),
+        (lambda losses, step: ({}, losses.mean().item()), "returned a float"),
+        (lambda losses, step: ({}, losses), "returned a tensor of shape (12,)"),
+        (lambda losses, step: ({}, losses.mean().detach()), "returned a tensor without gradient"),
+    ],
+)
+def test_what_cannot_be_logged_or_minimized(answer, words, small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Odd, "answer", staticmethod(answer))
+    monkeypatch.setitem(regularizers, "odd", lambda model, flags: Odd(model))
+    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+    assert_one_line_error(result, 1, "Odd", words)
+
+
+def test_a_loss_that_is_no_celoss_is_refused_by_name(small_run, monkeypatch, capsys):
+    flags, folder = small_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(regularizers, "odd", lambda model, flags: torch.nn.CrossEntropyLoss())
+    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+    assert_one_line_error(result, 2, "CrossEntropyLoss", "extend CELoss")
+
+
+class Learned(CELoss):
+    """A parameter, a counter, random numbers and a moving average of the network, all of them its own."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def compute_loss(self, input, target):
+        self.steps += 1
+        with torch.no_grad():
+            for own, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                own.lerp_(new, 0.5)
+            distance = (self.average(input) * torch.rand_like(input[:, :1, 0, 0])).square().mean()
         raw_loss = self.losses(input, target).mean()
-        self.metadata = self.sets.pop(0)
-        return raw_loss
+        self.metadata = {"steps": self.steps, "at": self.epoch / self.num_epochs}
+        return raw_loss * self.scale.exp() - self.scale * distance
 
 
-@pytest.mark.parametrize(
-    ("sets", "words"),
-    [
-        ([{"a": torch.ones(1)}], "'a' is of shape (1,); set a scalar"),
-        ([{"a": 1.0}, {"a": 1.0, "b": 2.0}], "a at first, a, b later"),
-        ([{"a": 1.0}, {}], "a at first"),
-        ([{"epoch": 1.0}], "'epoch' is a column"),
-        ([{"train_loss": 1.0}], "'train_loss' is a column"),
-    ],
-)
-def test_terms_that_cannot_be_columns(sets, words, small_run, monkeypatch, capsys):
+def test_a_loss_with_a_state_resumes_bit_identical(small_run, monkeypatch, capsys):
     flags, folder = small_run
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(OddTerms, "sets", list(sets))
-    monkeypatch.setitem(regularizers, "odd", lambda model, flags: OddTerms(model))
-    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
-    assert_one_line_error(result, 1, "metadata of OddTerms", words)
-
-
-class OddTotal(CELoss):
-    """What it returns is made of its cross-entropies by ``make``."""
-
-    make = None
-
-    def compute_loss(self, input, target):
-        return type(self).make(self.losses(input, target))
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda losses: None, "returned a NoneType"),
-        (lambda losses: losses.mean().item(), "returned a float"),
-        (lambda losses: losses, "returned a tensor of shape (12,)"),
-        (lambda losses: losses.mean().detach(), "returned a tensor without gradient"),
-    ],
-)
-def test_what_is_nothing_to_minimize(make, words, small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(OddTotal, "make", staticmethod(make))
-    monkeypatch.setitem(regularizers, "odd", lambda model, flags: OddTotal(model))
-    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
-    assert_one_line_error(result, 1, "OddTotal.compute_loss", words)
+    monkeypatch.setitem(regularizers, "learned", lambda model, flags: Learned(model))
+    flags += ["--regularizer", "learned", "--num-epochs", 3]
+    name = "small_net.make_learned_imagefolder"
+    for place in ("whole", "broken"):
+        arguments = [*flags, "--output-dir", folder / place]
+        if place == "broken":
+            with monkeypatch.context() as patch:
+                patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+                assert run_main(train_models, arguments, capsys).returncode == 130
+            arguments += ["--resume"]
+        assert run_main(train_models, arguments, capsys).returncode == 0
+    whole, broken = (read_checkpoint(folder / place / f"{name}.pt") for place in ("whole", "broken"))
+    assert states_equal(whole, broken)
+    assert whole["loss"]["scale"] != 0
+    assert whole["loss"]["steps"] == 6
+    assert [row["at"] for row in whole["metrics"]] == [1 / 3, 2 / 3, 1]
+    assert any(key.startswith("average.") for key in whole["loss"])
 
 
 def test_a_mistake_in_a_loss_keeps_its_traceback(small_run, monkeypatch, capsys):
@@ -424,23 +440,3 @@ def test_the_same_seed_gives_the_same_bits(photographs, tmp_path, threads, monke
         run_script("train_models.py", *flags, "--device", "cpu", "--output-dir", tmp_path / name)
     a, b = (read_checkpoint(tmp_path / n / "vgg11lcnn_curvature_and_gnorm_imagefolder.pt") for n in ("a", "b"))
     assert states_equal(a, b)
-
-
-def test_the_estimators_batch_size_changes_rounding_only():
-    torch.manual_seed(0)
-    model = TwoBlocks(4, 16).eval()
-    images, labels = torch.rand(7, 3, 16, 16), torch.arange(7) % 4
-
-    def estimate(size: int):
-        found = []
-        for i in range(0, 7, size):
-            generators = [torch.Generator().manual_seed(j) for j in range(i, min(i + size, 7))]
-            part = estimate_curvature(
-                model, images[i : i + size], labels[i : i + size], num_iterations=40, tol=1e-4, generator=generators
-            )
-            found.append(torch.stack([part.gradient_norm, part.hessian_norm, part.curvature]))
-        return torch.cat(found, dim=1)
-
-    whole = estimate(7)
-    for size in (1, 2, 3):
-        torch.testing.assert_close(estimate(size), whole, rtol=1e-4, atol=0)
