@@ -6,7 +6,7 @@ are logged: the columns of the metrics file. It may own parameters, which are tr
 resumed. Before each epoch the trainer sets ``self.epoch``, counted from 1, and ``self.num_epochs``.
 
 At the end of this file, one line in ``WEIGHTS`` makes a flag of a weight, and one line in ``regularizers`` gives a loss
-its name on the command line. The README's section "Your own loss" has a complete example.
+its name on the command line. The README's section "Writing your own loss" has a complete example.
 """
 
 import torch

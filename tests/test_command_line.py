@@ -18,6 +18,8 @@ from models.checkpoint import load_model
 from models.model_selector import model_architecture
 from regularized_loss import regularizers
 
+LONG = ("vgg11", "vgg11lcnn", "resnet18", "resnet18lcnn", "vgg11lowbeta")
+
 
 def tiny_run(photographs, output, *flags) -> list[str]:
     """Flags of a run that takes a second or two: 24 photographs of 16 x 16, 3 steps an epoch."""
@@ -31,14 +33,7 @@ def read_metrics(path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "arch",
-    [
-        "a small resnet18lcnn",
-        *(
-            pytest.param(arch, marks=pytest.mark.long)
-            for arch in ("vgg11", "vgg11lcnn", "resnet18", "resnet18lcnn", "vgg11lowbeta")
-        ),
-    ],
+    "arch", ["a small resnet18lcnn", *(pytest.param(arch, marks=pytest.mark.long) for arch in LONG)]
 )
 def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, monkeypatch, capsys):
     if arch == "a small resnet18lcnn":
@@ -140,45 +135,39 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(pho
     assert (broken / f"{name}.pt").read_bytes() == before
 
 
+FILE = ["--model-filename", "x.pt"]
+REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gnorm", "--dataset=cifar100"]
+
+
 @pytest.mark.parametrize(
-    ("flags", "code", "words"),
+    ("script", "flags", "code", "words"),
     [
-        (["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
-        (["--regularizer", "l0"], 2, ["--regularizer", "curvature_and_gnorm"]),
-        (["--num-epochs", "0"], 2, ["--num-epochs", "at least 1"]),
-        (["--batch-size", "-3"], 2, ["--batch-size", "at least 1"]),
-        (["--batch-size", "many"], 2, ["--batch-size", "many"]),
-        (["--lr", "0"], 2, ["--lr", "more than 0"]),
-        (["--lr", "nan"], 2, ["--lr"]),
-        (["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
-        (["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
-        (["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
-        (["--resume", "--overwrite"], 2, ["--overwrite"]),
-        (["--num-epoch", "3"], 2, ["--num-epoch"]),
-        (["--dataset", "cifar10"], 1, ["cifar-10-batches-py", "--download"]),
-        (["--dataset", "svhn"], 1, ["train_32x32.mat", "--download"]),
-        (["--dataset", "imagefolder"], 1, ["train", "--data-dir"]),
+        (train_models, ["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
+        (train_models, ["--regularizer", "l0"], 2, ["--regularizer", "curvature_and_gnorm"]),
+        (train_models, ["--num-epochs", "0"], 2, ["--num-epochs", "at least 1"]),
+        (train_models, ["--batch-size", "many"], 2, ["--batch-size", "many"]),
+        (train_models, ["--lr", "0"], 2, ["--lr", "more than 0"]),
+        (train_models, ["--lr", "nan"], 2, ["--lr"]),
+        (train_models, ["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
+        (train_models, ["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
+        (train_models, ["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
+        (train_models, ["--resume", "--overwrite"], 2, ["--overwrite"]),
+        (train_models, ["--num-epoch", "3"], 2, ["--num-epoch"]),
+        (train_models, ["--dataset", "cifar10"], 1, ["cifar-10-batches-py", "--download"]),
+        (train_models, REFERENCE_TRAIN, 1, ["cifar-100-python", "missing", "--download"]),
+        (train_models, ["--dataset", "svhn"], 1, ["train_32x32.mat", "--download"]),
+        (train_models, ["--dataset", "imagefolder"], 1, ["train", "--data-dir"]),
+        (estimate_curvature, [], 2, ["--model-filename"]),
+        (estimate_curvature, [*FILE, "--data-fraction", "0"], 2, ["--data-fraction", "more than 0"]),
+        (estimate_curvature, [*FILE, "--data-fraction", "1.5"], 2, ["--data-fraction", "at most 1"]),
+        (estimate_curvature, [*FILE, "--num-power-iter", "0"], 2, ["--num-power-iter"]),
+        (estimate_curvature, FILE, 1, ["x.pt", "no such"]),
     ],
 )
-def test_train_errors(flags, code, words, tmp_path, capsys):
-    places = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
-    assert_one_line_error(run_main(train_models, [*places, *flags], capsys), code, *words)
+def test_errors(script, flags, code, words, tmp_path, capsys):
+    places = ["--data-dir", str(tmp_path)] + (["--output-dir", str(tmp_path)] if script is train_models else [])
+    assert_one_line_error(run_main(script, [*places, *flags], capsys), code, *words)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "words"),
-    [
-        ([], 2, ["--model-filename"]),
-        (["--model-filename", "x.pt", "--data-fraction", "0"], 2, ["--data-fraction", "more than 0"]),
-        (["--model-filename", "x.pt", "--data-fraction", "1.5"], 2, ["--data-fraction", "at most 1"]),
-        (["--model-filename", "x.pt", "--batch-size", "0"], 2, ["--batch-size"]),
-        (["--model-filename", "x.pt", "--num-power-iter", "0"], 2, ["--num-power-iter"]),
-        (["--model-filename", "x.pt"], 1, ["x.pt", "no such"]),
-    ],
-)
-def test_estimate_errors(flags, code, words, capsys):
-    assert_one_line_error(run_main(estimate_curvature, flags, capsys), code, *words)
 
 
 def test_an_error_in_a_process_of_its_own_and_help(capsys):
@@ -189,16 +178,7 @@ def test_an_error_in_a_process_of_its_own_and_help(capsys):
         assert "(default: 1729)" in text
 
 
-REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gnorm", "--dataset=cifar100"]
-
-
-def test_the_references_own_commands_without_cifar100(tmp_path, capsys):
-    places = ["--data-dir", tmp_path, "--output-dir", tmp_path]
-    result = run_main(train_models, [*REFERENCE_TRAIN, *places], capsys)
-    assert_one_line_error(result, 1, "cifar-100-python", "missing", "--download")
-
-
-def test_the_references_own_commands_with_cifar100(tmp_path, monkeypatch, capsys):
+def test_the_references_own_commands(tmp_path, monkeypatch, capsys):
     """Its two commands, shortened; torchvision's layout with a few images stands for the data set."""
     write_cifar(tmp_path, monkeypatch, "CIFAR100")
     places = ["--data-dir", tmp_path, "--output-dir", tmp_path]
@@ -278,38 +258,37 @@ def test_reference_flag_spellings():
 
 
 def test_the_readmes_own_loss(photographs, tmp_path):
-    """README, "Writing your own loss": its class and its line, put into a copy of the project as it says."""
+    """README, "Writing your own loss": its class and its two lines, put into a copy of the project as it says."""
     section = (ROOT / "README.md").read_text().split("## Writing your own loss")[1].split("\n## ")[0]
-    loss_class, registry_line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    loss_class, weight, registry_line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     for part in ("curvature", "data", "models", "training", "utils"):
         shutil.copytree(ROOT / part, tmp_path / part)
     for part in ("train_models.py", "estimate_curvature.py"):
         shutil.copy(ROOT / part, tmp_path)
     source = (ROOT / "regularized_loss.py").read_text()
-    registry = source.index("# --regularizer NAME")
-    source = source[:registry] + loss_class + "\n\n" + source[registry:].rstrip().removesuffix("}")
-    (tmp_path / "regularized_loss.py").write_text(source + registry_line + "}\n")
+    losses, weights, registry = re.split(r"(?=^WEIGHTS = |^regularizers = )", source, flags=re.MULTILINE)
+    weights = weights.replace("\n}", f"\n{weight}}}")
+    source = losses + loss_class + weights + registry.rstrip().removesuffix("}") + registry_line + "}\n"
+    (tmp_path / "regularized_loss.py").write_text(source)
 
-    name = re.search(r'"(\w+)"', registry_line)[1]
-    assert name in run_script("train_models.py", "--help", cwd=tmp_path).stdout
-    flags = ["--model-arch", "vgg11", "--regularizer", name, "--num-epochs", 1]
+    name, flag = re.search(r'"(\w+)"', registry_line)[1], "--" + re.search(r'"(\w+)"', weight)[1].replace("_", "-")
+    help_text = run_script("train_models.py", "--help", cwd=tmp_path).stdout
+    assert name in help_text
+    assert flag in help_text
+    flags = ["--model-arch", "vgg11", "--regularizer", name, "--num-epochs", 1, flag, 0.5]
     run_script("train_models.py", *tiny_run(photographs, tmp_path / "out", *flags), cwd=tmp_path)
     (row,) = read_metrics(tmp_path / "out" / f"vgg11_{name}_imagefolder_metrics.csv")
     assert set(row) > set(re.findall(r'"(\w+)":', loss_class))
+    # the weight has grown to a fifth of its value in the first of five epochs
+    assert float(row["train_loss"]) == pytest.approx(
+        float(row["raw_loss"]) + 0.5 / 5 * float(row["sparsity"]), rel=1e-5
+    )
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the CIFAR-10 images are not here")
 def test_train_resume_estimate_on_cifar10_images(tmp_path, capsys):
-    unpack = [
-        sys.executable,
-        SHARED / "data" / "unpack_cifar10.py",
-        tmp_path / "images",
-        "--train",
-        "10",
-        "--test",
-        "4",
-    ]
-    subprocess.run(unpack, check=True, capture_output=True)
+    unpack = [sys.executable, SHARED / "data" / "unpack_cifar10.py", tmp_path / "images"]
+    subprocess.run([*unpack, "--train", "10", "--test", "4"], check=True, capture_output=True)
     flags = ["--dataset", "imagefolder", "--data-dir", tmp_path / "images", "--image-size", 16, "--lr", 0.01]
     flags += ["--model-arch", "vgg11lcnn", "--regularizer", "curvature", "--batch-size", 20, "--num-epochs", 1]
     flags += ["--output-dir", tmp_path]
