@@ -230,7 +230,7 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
         in_the_loss = not isinstance(error, RuntimeError) and Path(last).name == "regularized_loss.py"
         if in_the_loss or isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
             raise
-        if distributed.is_loss(error) or "can't allocate memory" in str(error):
+        if distributed.is_lost_process(error) or "can't allocate memory" in str(error):
             raise
         remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
         if "deterministic" in str(error):

@@ -34,25 +34,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def number(
-    convert: type, minimum: float, maximum: float = math.inf, *, exclusive: bool = False, multiple_of: int = 1
-) -> Callable[[str], float]:
+def number(convert: type, minimum: float, maximum: float | None = None, *, exclusive: bool = False) -> Callable:
     """An argparse type: a finite int or float in [minimum, maximum] (or (minimum, maximum] with ``exclusive``)."""
-    bound = f"more than {minimum}" if exclusive else f"at least {minimum}"
-    bound += f" and at most {maximum}" if maximum < math.inf else ""
-    bound += f" and a multiple of {multiple_of}" if multiple_of > 1 else ""
+    bound = f"{'more than' if exclusive else 'at least'} {minimum}"
+    bound += f" and at most {maximum}" if maximum is not None else ""
 
     def parse(text: str) -> float:
         try:
             value = convert(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if convert is int else ' number'}") from None
-        if not minimum <= value <= maximum or value == math.inf or (exclusive and value == minimum):
+        inside = minimum < value if exclusive else minimum <= value
+        if not inside or value > (math.inf if maximum is None else maximum) or value == math.inf:
             raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         if convert is int and value >= 2**63:
             raise argparse.ArgumentTypeError(f"must be less than 2^63, not {text}")
-        if multiple_of > 1 and value % multiple_of:
-            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         return value
 
     return parse
@@ -62,7 +58,13 @@ positive_int = number(int, 1)
 positive_float = number(float, 0, exclusive=True)
 nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
-image_size = number(int, 16, multiple_of=16)
+
+
+def image_size(text: str) -> int:
+    """An argparse type: height and width of images for our networks, in pixels."""
+    if (size := positive_int(text)) % 16:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 16, not {text}")
+    return size
 
 
 def pixel_distance(text: str) -> float:
@@ -100,14 +102,8 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     """--device and --seed, the same in every script; returns their group."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
-    group.add_argument(
-        "--prng-seed",
-        "--prng_seed",
-        "--seed",
-        type=number(int, 0, 2**31),
-        default=1729,
-        help="seed of everything random",
-    )
+    names, seed = ("--prng-seed", "--prng_seed", "--seed"), number(int, 0, 2**31)
+    group.add_argument(*names, type=seed, default=1729, help="seed of everything random")
     return group
 
 
@@ -144,14 +140,11 @@ def run(
         return stop.code or 0
     except UserError as error:
         message, code = str(error), error.exit_code
-    except torch.OutOfMemoryError as error:
-        message, code = f"out of memory ({str(error).splitlines()[0]}); try a smaller --batch-size or --image-size", 1
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+    except (RuntimeError, MemoryError) as error:
+        of_torch = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not of_torch and not isinstance(error, MemoryError):
             raise
-        message, code = "out of memory; try a smaller --batch-size or --image-size", 1
-    except MemoryError as error:  # numpy's
-        message, code = f"out of memory ({one_line(error)}); try a smaller --image-size", 1
+        message, code = f"out of memory ({one_line(error)}); try a smaller --batch-size or --image-size", 1
     except OSError as error:
         message, code = str(error), 1
     except KeyboardInterrupt as stop:

@@ -34,7 +34,7 @@ def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(day
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for what names no device: streams, graphs
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         yield
         return
     if device.type == "cuda" and device.index != int(os.environ.get("LOCAL_RANK", 0)):
@@ -46,25 +46,19 @@ def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(day
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank() > 0 else contextlib.nullcontext():
             yield
-    except RuntimeError as error:
-        if is_loss(error):
-            message = f"process {rank()} of {world_size()}: another one has ended or does not answer"
-            error = UserError(f"{message} ({one_line(error)})")
-        leave_group()
-        raise error from None
-    except BaseException:
-        leave_group()
-        raise
-    dist.destroy_process_group()
-
-
-def leave_group() -> None:
-    """After an error: NCCL would wait for the others here, who wait for this process; it is left to end by itself."""
-    if dist.get_backend() == "gloo":
         dist.destroy_process_group()
+    except BaseException as error:
+        message = f"process {rank()} of {world_size()}: another one has ended or does not answer ({one_line(error)})"
+        lost = is_lost_process(error)
+        # After an error, destroying an NCCL group deadlocks. Let the exit of the process do it.
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        if lost:
+            raise UserError(message) from None
+        raise
 
 
-def is_loss(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether the error says that another process is gone."""
     return dist.is_initialized() and isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
 
