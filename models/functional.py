@@ -43,8 +43,7 @@ def refuse_third_derivative() -> None:
 class ScaledBatchNorm(Function):
     """y = scale * xhat, xhat = (x - mean) / sqrt(var + eps) with the batch's own mean and variance per channel.
 
-    x and y are (N, C, H, W), scale is a scalar tensor; the running statistics are updated as BatchNorm does. Can be
-    differentiated twice.
+    x and y are (N, C, H, W), scale is a scalar tensor; the running statistics are updated. Twice differentiable.
     """
 
     @staticmethod
@@ -107,26 +106,26 @@ class ScaledBatchNormBackward(Function):
         return grad_g, grad_x, grad_scale, None, None, None
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
-    """``F.conv2d`` without groups and dilation, whose second derivative is made of ordinary convolutions.
+class OfParameters(Function):
+    """Zero; where gradients are to be differentiated themselves, it gives the parameters', by autograd itself.
 
-    autograd's own takes the weight's part of it as a convolution with a kernel as large as the image, between copies of
-    transposed activations. As there, an input gradient that is to be differentiated leaves the weight's gradient out.
-    A function of x and the weight could not know that only one of them is asked for: hence two, and one to join them.
+    An input gradient can do without the parameters' gradients, which take passes over the activations. A function of x
+    and parameters could not know that only x's is asked for: hence a function of x, this one, and ``Joined``.
+    ``gradients(g, wanted, x, *parameters)`` are the parameters'. As an argument x would have to get a gradient, too:
+    it comes in a list.
     """
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    y = ConvolutionOfInput.apply(x, weight, bias, stride, padding)
-    return Joined.apply(y, ConvolutionOfWeight.apply(weight, bias, [x], y.shape, stride, padding))
 
+    @staticmethod
+    def forward(ctx, gradients, shape, in_list, *parameters):
+        ctx.save_for_backward(*in_list, *parameters)
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(()).expand(shape)
 
-def convolution_gradients(g, x, weight, stride, padding, wanted: tuple[bool, bool, bool]):
-    """Gradients of <g, conv(x, weight) + bias> for x, weight and bias; None for those not wanted."""
-    sizes = None if not wanted[2] else [weight.shape[0]]
-    return torch.ops.aten.convolution_backward(
-        g, x, weight, sizes, stride, padding, [1, 1], False, [0, 0], 1, list(wanted)
-    )
+    @staticmethod
+    def backward(ctx, g):
+        wanted = ctx.needs_input_grad[3:]
+        gradients = ctx.gradients(g, wanted, *ctx.saved_tensors) if torch.is_grad_enabled() else [None] * len(wanted)
+        return None, None, None, *gradients
 
 
 class Joined(Function):
@@ -140,6 +139,29 @@ class Joined(Function):
     @staticmethod
     def backward(ctx, g):
         return g, g
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
+    """``F.conv2d`` without groups and dilation, whose second derivative is made of ordinary convolutions.
+
+    autograd's own takes the weight's part of it as a convolution with a kernel as large as the image, between copies of
+    transposed activations.
+    """
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def gradients(g, wanted, x, weight, bias):
+        return convolution_gradients(g, x, weight, stride, padding, (False, *wanted))[1:]
+
+    y = ConvolutionOfInput.apply(x, weight, bias, stride, padding)
+    return Joined.apply(y, OfParameters.apply(gradients, y.shape, [x], weight, bias))
+
+
+def convolution_gradients(g, x, weight, stride, padding, wanted: tuple[bool, bool, bool]):
+    """Gradients of <g, conv(x, weight) + bias> for x, weight and bias; None for those not wanted."""
+    geometry = (stride, padding, [1, 1], False, [0, 0], 1)
+    return torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, wanted)
 
 
 class ConvolutionOfInput(Function):
@@ -177,36 +199,14 @@ class ConvolutionInputGradient(Function):
         return grad_g, None, grad_weight, None, None
 
 
-class ConvolutionOfWeight(Function):
-    """Zero, with the other gradients of conv(x, weight) + bias when they are to be differentiated, by autograd itself.
-
-    x comes in a list: as an argument it would put this on the way from the output to x.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, bias, in_list, shape, stride, padding):
-        (x,) = in_list
-        ctx.save_for_backward(weight, x)
-        ctx.geometry = stride, padding
-        return weight.new_zeros(()).expand(shape)
-
-    @staticmethod
-    def backward(ctx, g):
-        if not torch.is_grad_enabled():
-            return None, None, None, None, None, None
-        weight, x = ctx.saved_tensors
-        wanted = (False, *ctx.needs_input_grad[:2])
-        _, dweight, dbias = convolution_gradients(g, x, weight, *ctx.geometry, wanted)
-        return dweight, dbias, None, None, None, None
-
-
 def centered_softplus(x: Tensor, b: Tensor) -> Tensor:
-    """(softplus(b x) - log 2) / b elementwise, b a scalar tensor; can be differentiated twice.
+    """(softplus(b x) - log 2) / b elementwise, b a scalar tensor; softplus is the identity above 20."""
 
-    softplus is the identity above 20. In two functions and one to join them, as the convolution is: the input gradient
-    of a penalty then does without b's, which takes two passes over the activations.
-    """
-    return Joined.apply(SoftplusOfInput.apply(x, b), SoftplusOfSharpness.apply(b, [x]))
+    def gradients(g, wanted, x, b):
+        y = (F.softplus(b * x) - math.log(2)) / b
+        return torch.autograd.grad(y, b, g, create_graph=True)
+
+    return Joined.apply(SoftplusOfInput.apply(x, b), OfParameters.apply(gradients, x.shape, [x], b))
 
 
 class SoftplusOfInput(Function):
@@ -248,24 +248,3 @@ class SoftplusInputGradient(Function):
             s.masked_fill_(bx > 20, 1)
         grad_x = torch.ops.aten.sigmoid_backward(g * v, s).mul_(b)  # g v s (1 - s) b
         return v * s, grad_x, (grad_x * x).sum() / b
-
-
-class SoftplusOfSharpness(Function):
-    """Zero, with b's gradient where the centered softplus's is to be differentiated, by autograd itself.
-
-    x comes in a list: as an argument it would put this on the way from the output to x.
-    """
-
-    @staticmethod
-    def forward(ctx, b, in_list):
-        (x,) = in_list
-        ctx.save_for_backward(b, x)
-        return b.new_zeros(()).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx, g):
-        if not torch.is_grad_enabled():
-            return None, None
-        b, x = ctx.saved_tensors
-        y = (F.softplus(b * x) - math.log(2)) / b
-        return torch.autograd.grad(y, b, g, create_graph=True)[0], None

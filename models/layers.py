@@ -28,10 +28,7 @@ class CenteredSoftplus(nn.Module):
     curvature at most b. beta -> infinity gives ReLU, beta -> 0 gives x / 2.
 
     Args:
-        init_beta: initial beta, positive. 5 is the reference code's.
-
-    Raises:
-        ValueError: if init_beta is not positive.
+        init_beta: initial beta; ValueError unless positive. 5 is the reference code's.
     """
 
     BETA_OFFSET = 1e-3  # keeps the division by b safe as beta -> 0
@@ -76,12 +73,11 @@ class SpectralNormConv2d(Conv2d):
     v (1, in_channels, *input) are buffers; gradients flow through sigma(weight) with u and v held constant.
 
     Args:
-        input_size: height and width (int or pair) of the inputs the norm is for. The layer accepts other sizes, but
-            then the operator's norm is only approximately 1.
+        input_size: height and width (int or pair) of the inputs the norm is for; with others it is approximate.
         Others as in ``torch.nn.Conv2d``, by name from stride on.
 
     Raises:
-        ValueError: if padding_mode is not "zeros", padding is given by name, or the output would be empty.
+        ValueError: if padding_mode is not "zeros", padding has a name, or the output would be empty.
     """
 
     INITIAL_ITERATIONS = 15
@@ -92,18 +88,15 @@ class SpectralNormConv2d(Conv2d):
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError(f"needs zero padding given as numbers, got {self.padding!r}, {self.padding_mode!r}")
         self.input_size = _pair(input_size)
-        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        output_size = [
-            (size + 2 * p - r) // s + 1
-            for size, p, r, s in zip(self.input_size, self.padding, reach, self.stride, strict=True)
-        ]
+        output_size, self._output_padding = [], []
+        geometry = (self.input_size, self.kernel_size, self.dilation, self.padding, self.stride)
+        for size, kernel, dilation, padding, stride in zip(*geometry, strict=True):
+            room = size + 2 * padding - dilation * (kernel - 1) - 1
+            output_size.append(room // stride + 1)
+            # what conv_transpose must add to come back to the true input size when the stride does not divide it
+            self._output_padding.append(room % stride)
         if min(output_size) < 1:
             raise ValueError(f"a {self.kernel_size} kernel does not fit an input of {self.input_size}")
-        # what conv_transpose must add to come back to the true input size when the stride does not divide it
-        self._output_padding = [
-            size - ((o - 1) * s - 2 * p + r)
-            for size, o, s, p, r in zip(self.input_size, output_size, self.stride, self.padding, reach, strict=True)
-        ]
         self.register_buffer("u", self.weight.new_empty(1, out_channels, *output_size))
         self.register_buffer("v", self.weight.new_zeros(1, in_channels, *self.input_size))
         if not self.weight.is_meta:  # where there are no numbers it would only make torch import its compiler
@@ -114,9 +107,8 @@ class SpectralNormConv2d(Conv2d):
         return F.conv2d(z, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def _adjoint(self, z: Tensor) -> Tensor:
-        return F.conv_transpose2d(
-            z, self.weight, None, self.stride, self.padding, self._output_padding, self.groups, self.dilation
-        )
+        geometry = (self.stride, self.padding, self._output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(z, self.weight, None, *geometry)
 
     def _normalize(self, z: Tensor) -> Tensor:
         return z / z.norm().clamp_min(self.EPS)  # clamp, not "if": a comparison would wait for the device
@@ -137,9 +129,8 @@ class SpectralNormConv2d(Conv2d):
         with torch.no_grad(), full_precision(self.weight.device):
             if self.training:
                 self.power_iteration(1)
-            gradient = conv2d_weight(
-                self.v, self.weight.shape, self.u, self.stride, self.padding, self.dilation, self.groups
-            )
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            gradient = conv2d_weight(self.v, self.weight.shape, self.u, *geometry)
         return (self.weight * gradient).sum()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,24 +181,12 @@ class LipschitzBatchNorm2d(nn.BatchNorm2d):
     are (N, num_features, H, W).
 
     Args:
-        num_features: number of channels.
-        init_gamma: initial gamma, positive. 10 is the reference code's.
+        init_gamma: initial gamma; ValueError unless positive. 10 is the reference code's.
         affine: whether to scale and shift each channel by a trained weight and bias. False is the paper's.
         Others as in ``torch.nn.BatchNorm2d``.
-
-    Raises:
-        ValueError: if init_gamma is not positive.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        init_gamma: float = 10.0,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        *,
-        affine: bool = False,
-    ):
+    def __init__(self, num_features: int, init_gamma=10.0, eps=1e-5, momentum: float | None = 0.1, *, affine=False):
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if not init_gamma > 0:
             raise ValueError(f"init_gamma must be positive, got {init_gamma}")
