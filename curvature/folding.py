@@ -7,8 +7,7 @@ a Hessian-vector product needs no general autograd. With z the input of an activ
     the backward pass      dl/dz = s'(z) a        changes along a direction by      s''(z) a dz + s'(z) da.
 
 s'(z) and s''(z) a are the same for every direction: they are kept. A product is then one tangent pass forward for dz
-and one pass backward for da, two forward passes' convolutions in all (Pearlmutter, "Fast exact multiplication by the
-Hessian", 1994).
+and one backward for da (Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
 """
 
 import math
@@ -30,29 +29,22 @@ Kept = dict["Layer", tuple[Tensor | torch.Size, ...]]
 class Layer:
     """A map of batches (n, ...) without state: what it keeps of a batch goes into ``kept``.
 
-    ``forward`` and then ``backward`` prepare a batch; after them, any number of times, ``tangent`` and then
-    ``tangent_backward``. An affine layer has only to say what the adjoint of its linear part is. An activation may
-    overwrite what it is given: it comes from an affine layer, and nothing else reads that.
+    ``forward`` gives the output, then ``backward`` dl/d(input) from a = dl/d(output). After them, any number of times,
+    ``tangent`` gives the change of the output along a change dx of the input, then ``tangent_backward`` that of
+    dl/d(input), from the change da of dl/d(output). For an affine layer both ways back are the ``adjoint`` of its
+    ``tangent``; a linear one is its own tangent.
+
+    An activation may overwrite what it is given: it comes from an affine layer, and nothing else reads that.
     """
 
     def forward(self, x: Tensor, kept: Kept) -> Tensor:
-        """The output."""
-        raise NotImplementedError
-
-    def tangent(self, dx: Tensor, kept: Kept) -> Tensor:
-        """The change of the output along the change dx of the input."""
-        raise NotImplementedError
-
-    def adjoint(self, a: Tensor, kept: Kept) -> Tensor:
-        """The transpose of ``tangent``."""
-        raise NotImplementedError
+        kept[self] = (x.shape[1:],)
+        return self.tangent(x, kept)
 
     def backward(self, a: Tensor, kept: Kept) -> Tensor:
-        """dl/d(input) from a = dl/d(output)."""
         return self.adjoint(a, kept)
 
     def tangent_backward(self, da: Tensor, kept: Kept) -> Tensor:
-        """The change of dl/d(input) along the last ``tangent``'s direction, from da, that of dl/d(output)."""
         return self.adjoint(da, kept)
 
 
@@ -71,12 +63,9 @@ class Convolution(Layer):
 
     def adjoint(self, a, kept):
         (input_size,) = kept[self]
-        rest = [  # rows and columns at the far edge that the stride leaves out
-            size - (out - 1) * stride + 2 * padding - kernel
-            for size, out, stride, padding, kernel in zip(
-                input_size, a.shape[2:], self.stride, self.padding, self.weight.shape[2:], strict=True
-            )
-        ]
+        geometry = zip(input_size, self.weight.shape[2:], self.padding, self.stride, strict=True)
+        # rows and columns at the far edge that the stride leaves out
+        rest = [(size + 2 * padding - kernel) % stride for size, kernel, padding, stride in geometry]
         return F.conv_transpose2d(a, self.weight, None, self.stride, self.padding, rest)
 
 
@@ -132,24 +121,16 @@ class MaxPool(Layer):
 class MeanPool(Layer):
     """The mean over the pixels: (n, c, H, W) -> (n, c)."""
 
-    def forward(self, x, kept):
-        kept[self] = (x.shape[2:],)
-        return x.mean(dim=(2, 3))
-
     def tangent(self, dx, kept):
         return dx.mean(dim=(2, 3))
 
     def adjoint(self, a, kept):
-        (size,) = kept[self]
-        return (a / size.numel())[:, :, None, None].expand(-1, -1, *size)
+        ((_, *size),) = kept[self]
+        return (a / math.prod(size))[:, :, None, None].expand(-1, -1, *size)
 
 
 class Flatten(Layer):
     """(n, c, H, W) -> (n, c H W)."""
-
-    def forward(self, x, kept):
-        kept[self] = (x.shape[1:],)
-        return x.flatten(1)
 
     def tangent(self, dx, kept):
         return dx.flatten(1)
@@ -175,56 +156,45 @@ class Linear(Layer):
         return a @ self.weight
 
 
-class Chain(Layer):
+class Compound(Layer):
+    """A layer of layers: ``through`` puts x through the method of that name of each."""
+
+    def forward(self, x, kept):
+        return self.through("forward", x, kept)
+
+    def backward(self, a, kept):
+        return self.through("backward", a, kept)
+
+    def tangent(self, dx, kept):
+        return self.through("tangent", dx, kept)
+
+    def tangent_backward(self, da, kept):
+        return self.through("tangent_backward", da, kept)
+
+
+class Chain(Compound):
     """One layer after the other."""
 
     def __init__(self, *layers: Layer):
         self.layers = layers
 
-    def forward(self, x, kept):
-        for layer in self.layers:
-            x = layer.forward(x, kept)
+    def through(self, method: str, x: Tensor, kept: Kept) -> Tensor:
+        for layer in reversed(self.layers) if method.endswith("backward") else self.layers:
+            x = getattr(layer, method)(x, kept)
         return x
 
-    def tangent(self, dx, kept):
-        for layer in self.layers:
-            dx = layer.tangent(dx, kept)
-        return dx
 
-    def backward(self, a, kept):
-        for layer in reversed(self.layers):
-            a = layer.backward(a, kept)
-        return a
-
-    def tangent_backward(self, da, kept):
-        for layer in reversed(self.layers):
-            da = layer.tangent_backward(da, kept)
-        return da
-
-
-class Residual(Layer):
+class Residual(Compound):
     """branch(x) + shortcut(x), the shortcut a layer or a factor."""
 
     def __init__(self, branch: Layer, shortcut: Layer | float):
         self.branch, self.shortcut = branch, shortcut
 
-    def _sum(self, method: str, x: Tensor, kept: Kept) -> Tensor:
+    def through(self, method: str, x: Tensor, kept: Kept) -> Tensor:
         y = getattr(self.branch, method)(x, kept)
         if isinstance(self.shortcut, Layer):
             return y.add_(getattr(self.shortcut, method)(x, kept))
         return y.add_(x, alpha=self.shortcut)
-
-    def forward(self, x, kept):
-        return self._sum("forward", x, kept)
-
-    def tangent(self, dx, kept):
-        return self._sum("tangent", dx, kept)
-
-    def backward(self, a, kept):
-        return self._sum("backward", a, kept)
-
-    def tangent_backward(self, da, kept):
-        return self._sum("tangent_backward", da, kept)
 
 
 class NotFoldable(ValueError):
@@ -253,9 +223,8 @@ class FoldedLogits(torch.autograd.Function):
 class FoldedNetwork:
     """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes), layer by layer.
 
-    It can be called like the network, and its logits be differentiated with respect to the images, once; second
-    derivatives go through ``chain``. It holds copies of what it was made from: fold again when the network's weights
-    have changed.
+    Its logits can be differentiated with respect to the images, once; second derivatives go through ``chain``. It holds
+    copies of what it was made from: fold again when the network's weights have changed.
     """
 
     def __init__(self, chain: Chain):
@@ -336,16 +305,11 @@ def fold(model: nn.Module) -> FoldedNetwork | None:
     One that was changed after it was built, with hooks, other layers or another forward, is another network.
     """
     folders = {ResNet: fold_resnet, VGG: fold_vgg}
-    if type(model) not in folders or any(map(is_altered, model.modules())):
-        return None
     try:
+        require(type(model) in folders)
+        for module in model.modules():
+            require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks))
+            require("forward" not in vars(module))
         return FoldedNetwork(folders[type(model)](model))
     except NotFoldable:
         return None
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether calling the module does something else than its class says."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
-    )
