@@ -45,15 +45,14 @@ class Batch(NamedTuple):
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images -> pixels in [0, 1]; no mean or deviation is taken out, the models expect none to be."""
+    """uint8 images -> pixels in [0, 1], as the models expect them: without normalization."""
     return images.to(dtype) / 255
 
 
 def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored with probability 1/2.
+    """torchvision's RandomCrop(H, padding) and, if ``flip``, RandomHorizontalFlip, for a whole batch in one gather.
 
-    The same distribution as torchvision's RandomCrop(H, padding) and RandomHorizontalFlip, for a whole batch in one
-    gather. images is (N, C, H, W); the result has its shape and dtype.
+    images is (N, C, H, W); the result has its shape and dtype.
     """
     n, _, height, width = images.shape
     device = images.device
@@ -71,26 +70,19 @@ def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: to
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed of its own for each epoch of a run: what makes a resumed run shuffle and augment as if never stopped."""
+    """A seed of its own for each epoch: a resumed run shuffles and augments as if it had never stopped."""
     return (seed * 1_000_003 + epoch) % 2**63
 
 
 def training_batches(
-    split: Split,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    augment: bool = True,
-    flip: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
+    split: Split, batch_size: int, seed: int, epoch: int, augment=True, flip=True, rank=0, world_size=1
 ) -> Iterator[Batch]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Every process augments the whole batch and keeps every world_size-th example of it (of a small batch some keep
-    none), so that what is trained on does not depend on how many processes there are. The last batch may be smaller
-    than batch_size, and if only one example is left for it the last but one takes it: BatchNorm cannot be trained on
-    one 1 x 1 image. The crop's padding is H / 8: the usual 4 at 32 x 32. Pixels are float32.
+    Every process augments the whole batch and keeps every world_size-th example of it, so that what is trained on does
+    not depend on the number of processes. The last batch may be smaller than batch_size; a single example that is left
+    joins the batch before, as BatchNorm cannot be trained on one 1 x 1 image. The crop's padding is H / 8: the usual 4
+    at 32 x 32. Pixels are float32.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)
@@ -111,6 +103,6 @@ def training_batches(
 
 
 def batches(split: Split, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor]]:
-    """The split in its own order, un-augmented: (pixels (n, 3, H, H) of that dtype, labels (n,))."""
+    """The split in its own order, un-augmented: pixels (n, 3, H, H) and labels (n,)."""
     for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
         yield to_pixels(images, dtype), labels

@@ -1,14 +1,19 @@
-"""Batches, augmentation and the data sets."""
+"""Batches, augmentation and the data sets: of odd or damaged files a correct result, or one line that names them."""
 
 import hashlib
 import pickle
+import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_cifar
+import torchvision
+from conftest import assert_one_line_error, run_main, write_cifar
 from PIL import Image
+from scipy.io import savemat
 
+import train_models
 from data.batches import Split, batches, random_crop_and_flip, to_pixels, training_batches
 from data.datasets import load_dataset, resize
 from utils.errors import UserError
@@ -43,10 +48,8 @@ def test_fingerprints_tell_data_apart():
     assert split.fingerprint() == split_of(4).fingerprint()
     changed = split.images.clone()
     changed[0, 0, 0, 0] ^= 1
-    assert (
-        len({s.fingerprint() for s in (split, Split(changed, split.labels), Split(split.images, split.labels + 1))})
-        == 3
-    )
+    others = Split(changed, split.labels), Split(split.images, split.labels + 1)
+    assert len({s.fingerprint() for s in (split, *others)}) == 3
 
 
 def test_unaugmented_batches_are_the_images_over_255():
@@ -110,41 +113,83 @@ def test_imagefolder(photographs):
     torch.testing.assert_close(data.test.images[0].double().mean(dim=(1, 2)), means, rtol=0, atol=3)
 
 
-def test_imagefolder_takes_any_mode_and_shape(tmp_path):
+def image_folder(root, files: dict[str, bytes | Image.Image]):
+    """root/train and root/test with these files, images or their content by path, in both; returns root."""
+    for name, content in files.items():
+        for split in ("train", "test"):
+            path = root / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                content.save(path)
+    return root
+
+
+@pytest.mark.filterwarnings("error:Palette")
+def test_images_of_every_mode_and_size(tmp_path):
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 77, 77, 77])
+    palette.info["transparency"] = b"\x00\x80"
     images = {
-        "grey.png": Image.new("L", (30, 20), 77),
-        "palette.png": Image.new("RGB", (16, 16), (77, 77, 77)).convert("P", palette=Image.Palette.ADAPTIVE),
-        "alpha.png": Image.new("RGBA", (5, 9), (77, 77, 77, 10)),
-        "print.jpg": Image.new("CMYK", (40, 40), (0, 0, 0, 178)),
+        "a.png": Image.fromarray(np.full((20, 20), 77 * 256 + 200, dtype=np.uint16)),
+        "b.tiff": Image.fromarray(np.full((9, 9), 77 * 256, dtype=np.int32)),
+        "c.png": palette,
+        "d.png": Image.new("LA", (3, 40), (77, 128)),
+        "e.png": Image.new("RGBA", (1, 1), (77, 77, 77, 0)),
+        "f.jpg": Image.new("CMYK", (40, 40), (178, 178, 178, 0)),
+        "g.png": Image.new("RGB", (2000, 2000), (77, 77, 77)),
+        "h.bmp": Image.new("L", (2, 300), 77),
+        "notes.txt": b"not an image",
     }
-    for split in ("train", "test"):
-        folder = tmp_path / split / "only"
-        folder.mkdir(parents=True)
-        for name, image in images.items():
-            image.save(folder / name)
-        (folder / "notes.txt").write_text("not an image")
-    split = load_dataset("imagefolder", tmp_path, 16).train
-    assert len(split) == 4
+    split = load_dataset("imagefolder", image_folder(tmp_path, {f"only/{k}": v for k, v in images.items()}), 16).train
+    assert len(split) == 8
     assert (split.images.int() - 77).abs().max() <= 2
 
 
+def test_names_in_any_script(photographs, tmp_path, capsys):
+    patch = (photographs / "train/china/0.png").read_bytes()
+    names = {"猫", "собака", "a b\n'c", "😀"}
+    data = load_dataset("imagefolder", image_folder(tmp_path, {f"{name}/{name}.png": patch for name in names}), 16)
+    assert len(data.train) == 4
+    assert set(data.class_names) == names
+    image_folder(tmp_path, {"猫/two\nlines.png": b"no image"})
+    flags = ["--dataset", "imagefolder", "--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
+    assert_one_line_error(run_main(train_models, flags, capsys), 1, "two\\nlines.png cannot be read")
+
+
 def test_imagefolder_errors_name_the_file(photographs, tmp_path):
-    with pytest.raises(UserError, match=r"train.*train/<class>"):
-        load_dataset("imagefolder", tmp_path)
+    patch = (photographs / "train/china/0.png").read_bytes()
+
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            load_dataset("imagefolder", tmp_path)
+
+    refused(r"train.*train/<class>")
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="a"):  # an empty class
-        load_dataset("imagefolder", tmp_path)
-    patch = (photographs / "train" / "china" / "0.png").read_bytes()
-    for split in ("train", "test"):
-        (tmp_path / split / "a" / "0.png").write_bytes(patch)
-    (tmp_path / "test" / "b").mkdir()
-    (tmp_path / "test" / "b" / "0.png").write_bytes(patch)
-    with pytest.raises(UserError, match=r"same classes.*'b'"):
-        load_dataset("imagefolder", tmp_path)
-    (tmp_path / "train" / "a" / "0.png").write_bytes(patch[:100])
-    with pytest.raises(UserError, match=r"0\.png cannot be read"):
-        load_dataset("imagefolder", tmp_path)
+    refused(r"classes a\..*; add images")  # an empty class
+    image_folder(tmp_path, {"a/0.png": patch, "b/0.png": patch})
+    shutil.rmtree(tmp_path / "train/b")
+    refused(r"same classes.*'b'")
+    (tmp_path / "train/a/0.png").write_bytes(patch[:100])
+    refused(r"0\.png cannot be read")
+
+
+def test_damaged_images(photographs, tmp_path):
+    whole = (photographs / "train/china/0.png").read_bytes()
+    generator = random.Random(0)
+    for i in range(40):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        image_folder(tmp_path, {"a/0.png": bytes(damaged[: len(whole) * i // 20])})  # the later half is whole
+        try:
+            assert len(load_dataset("imagefolder", tmp_path, 16).test) == 1
+        except UserError as error:
+            assert "0.png" in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert i >= 10
 
 
 @pytest.mark.parametrize(("name", "class_name", "count"), [("cifar10", "CIFAR10", 15), ("cifar100", "CIFAR100", 3)])
@@ -157,31 +202,47 @@ def test_cifar_through_torchvision(name, class_name, count, tmp_path, monkeypatc
     assert data.test.labels.tolist() == [0, 1, 2]
     assert len(data.class_names) == (100 if name == "cifar100" else 10)
     test_file = next(tmp_path.glob("*/test*"))
-    raw = pickle.loads(test_file.read_bytes())["data"].reshape(3, 3, 32, 32)
+    whole = test_file.read_bytes()
+    raw = pickle.loads(whole)["data"].reshape(3, 3, 32, 32)
     assert torch.equal(data.test.images, torch.from_numpy(raw))
     assert load_dataset(name, tmp_path, 16).train.images.shape == (count, 3, 16, 16)
-    test_file.write_bytes(test_file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged"):
-        load_dataset(name, tmp_path)
+    for damaged in (b"", whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1])):  # torchvision's checksums notice
+        test_file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}: a file under .* is damaged"):
+            load_dataset(name, tmp_path)
+
+
+def test_cifar_labels_out_of_range(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch, "CIFAR10")
+    dataset = torchvision.datasets.CIFAR10
+    name = dataset.test_list[0][0]
+    file = tmp_path / dataset.base_folder / name
+    content = pickle.loads(file.read_bytes())
+    for labels in ([0, 1, 10], [0, -1, 2]):
+        file.write_bytes(pickle.dumps(content | {"labels": labels}))
+        monkeypatch.setattr(dataset, "test_list", [[name, hashlib.md5(file.read_bytes()).hexdigest()]])
+        with pytest.raises(UserError, match=r"cifar10: the test labels .* there are 10 classes"):
+            load_dataset("cifar10", tmp_path)
 
 
 def test_svhn_through_torchvision(tmp_path, monkeypatch):
-    import torchvision
-    from scipy.io import savemat
-
     with pytest.raises(UserError, match=r"train_32x32\.mat is missing"):
         load_dataset("svhn", tmp_path)
     rng = np.random.default_rng(0)
     images = {}
     for split in ("train", "test"):
-        url, name, _ = torchvision.datasets.SVHN.split_list[split]
+        name = torchvision.datasets.SVHN.split_list[split][1]
         images[split] = rng.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
         savemat(tmp_path / name, {"X": images[split], "y": np.array([[10], [1], [2], [9]])})
-        md5 = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
-        monkeypatch.setitem(torchvision.datasets.SVHN.split_list, split, [url, name, md5])
+    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
     data = load_dataset("svhn", tmp_path)
     assert data.test.labels.tolist() == [0, 1, 2, 9]  # SVHN writes 0 as 10
     assert torch.equal(data.train.images, torch.from_numpy(images["train"].transpose(3, 2, 0, 1).copy()))
+    whole = (tmp_path / name).read_bytes()
+    for length in range(0, len(whole), len(whole) // 10):
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"svhn: a file under .* is damaged"):
+            load_dataset("svhn", tmp_path)
 
 
 def test_resizing_in_parts_is_resizing_at_once():
@@ -192,6 +253,27 @@ def test_resizing_in_parts_is_resizing_at_once():
 
 
 @pytest.mark.parametrize("name", ["digits", "imagefolder"])
-def test_images_larger_than_the_machines_memory_are_refused(name, photographs):
-    with pytest.raises(UserError, match=r"images of 1048576 x 1048576 take .* GiB, .* smaller --image-size"):
-        load_dataset(name, photographs, 2**20)
+def test_images_larger_than_the_machines_memory_are_refused(name, photographs, tmp_path, capsys):
+    flags = ["--dataset", name, "--data-dir", photographs, "--image-size", 2**24, "--output-dir", tmp_path]
+    assert_one_line_error(run_main(train_models, flags, capsys), 1, "out of memory", "smaller", "--image-size")
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (3, 8), (9, 8)])
+def test_one_example_fewer_than_a_batch_and_a_last_batch_of_one(photographs, tmp_path, capsys, count, batch_size):
+    patches = {f"a/{i}.png": (photographs / f"train/china/{i}.png").read_bytes() for i in range(count)}
+    flags = [
+        "--dataset",
+        "imagefolder",
+        "--data-dir",
+        image_folder(tmp_path, patches),
+        "--image-size",
+        16,
+        "--lr",
+        1e-3,
+    ]
+    flags += ["--num-epochs", 1, "--model-arch", "vgg11", "--batch-size", batch_size, "--output-dir", tmp_path / "out"]
+    result = run_main(train_models, flags, capsys)
+    if count == 1:  # behind four poolings a 16 x 16 image is 1 x 1
+        assert_one_line_error(result, 1, "one example", "--batch-size")
+    else:
+        assert result.returncode == 0, result.stderr
