@@ -15,19 +15,15 @@ from models.layers import SpectralNormConv2d
 from models.model_selector import model_architecture
 from utils.errors import UserError, one_line
 
-# the reference's module path -> ours
-RESNET_MODULES = [
-    (r"^0\.0\.", "stem."),
-    (r"^0\.1\.", "activation."),
-    (r"^([1-4])\.(\d+)\.1\.f1\.", r"stages.\1.\2.conv1."),
-    (r"^([1-4])\.(\d+)\.1\.f2\.", r"stages.\1.\2.shortcut."),
-    (r"^([1-4])\.(\d+)\.2\.f1\.", r"stages.\1.\2.activation1."),
-    (r"^([1-4])\.(\d+)\.3\.f1\.", r"stages.\1.\2.conv2."),
-    (r"^([1-4])\.(\d+)\.5\.", r"stages.\1.\2.activation2."),
-    (r"^7\.", "classifier."),
+# the reference's names -> ours: of modules,
+BLOCK = {r"1\.f1": "conv1", r"1\.f2": "shortcut", r"2\.f1": "activation1", r"3\.f1": "conv2", "5": "activation2"}
+RESNET_MODULES = [(r"^0\.0\.", "stem."), (r"^0\.1\.", "activation."), (r"^7\.", "classifier.")] + [
+    (rf"^{stage + 1}\.(\d+)\.{theirs}\.", rf"stages.{stage}.\1.{ours}.")
+    for stage in range(4)
+    for theirs, ours in BLOCK.items()
 ]
 VGG_MODULES = [(r"^25\.", "classifier."), (r"^(\d+)\.", r"features.\1.")]
-# the reference's names inside a convolution with its BatchNorm -> ours
+# and inside a convolution with its BatchNorm
 CONV_NORM_NAMES = [
     (r"\.conv\.parametrizations\.weight\.original$", ".conv.weight"),
     (r"\.conv\.parametrizations\.weight\.0\._([uv])$", r".conv.\1"),
@@ -49,16 +45,9 @@ def reference_architecture(state: dict[str, Tensor]) -> str | None:
 
 def our_key(key: str, arch: str) -> str:
     """Our name for a key of the reference's state_dict."""
-    for pattern, replacement in RESNET_MODULES if arch.startswith("resnet") else VGG_MODULES:
-        renamed, matches = re.subn(pattern, replacement, key)
-        if matches:
-            key = renamed
-            break
-    if key.startswith("stages."):  # the reference counts its stages from 1
-        key = re.sub(r"\d", lambda digit: str(int(digit[0]) - 1), key, count=1)
-    if not key.startswith("classifier."):
-        for pattern, replacement in CONV_NORM_NAMES:
-            key = re.sub(pattern, replacement, key)
+    modules = RESNET_MODULES if arch.startswith("resnet") else VGG_MODULES
+    for pattern, replacement in modules + CONV_NORM_NAMES:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
@@ -70,10 +59,7 @@ def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int,
     sigma_reference the norm of an operator on that larger domain. We recompute u and v on the true domain, and leave
     sigma_reference / sigma in the length of u: in eval the layer then divides by <u, conv(v)> = sigma_reference,
     exactly as the reference, with every other parameter untouched; the first training forward normalizes u and
-    continues with the true norm.
-
-    The alternative, absorbing the factor in the following BatchNorm (mean / c, (var + eps) / c^2 - eps,
-    log gamma + log c), changes gamma and with it the value of the gamma penalty.
+    continues with the true norm. (In the BatchNorm behind, the factor would change gamma, and so the gamma penalty.)
     """
     model = model_architecture[arch](num_classes, input_size).to(state["classifier.bias"].dtype)
     for name, layer in model.named_modules():
@@ -104,9 +90,9 @@ def convert_reference_checkpoint(state: dict[str, Tensor], path: str | Path) -> 
     converted = {our_key(key, arch): value for key, value in state.items()}
     if not arch.endswith("lcnn"):  # the reference's standard networks carry a gamma that nothing uses
         converted = {key: value for key, value in converted.items() if not key.endswith("log_gamma")}
+    input_size = 32
     try:
         num_classes = len(converted["classifier.bias"])
-        input_size = 32
         if arch.endswith("lcnn"):
             adapt_strided_vectors(converted, arch, num_classes, input_size)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
