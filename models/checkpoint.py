@@ -21,16 +21,8 @@ from utils.errors import UsageError, UserError, one_line
 from utils.files import write_atomically
 
 FORMAT = {"format": "lcnn", "version": 1}
-REQUIRED = {
-    "model_arch": str,
-    "dataset": str,
-    "num_classes": int,
-    "image_size": int,
-    "flags": dict,
-    "epoch": int,
-    "metrics": list,
-    "model": dict,
-}
+REQUIRED = {"model_arch": str, "dataset": str, "num_classes": int, "image_size": int}
+REQUIRED |= {"flags": dict, "epoch": int, "metrics": list, "model": dict}
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
 PARALLEL = "module."  # DataParallel's prefix to every key
 REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
@@ -114,13 +106,13 @@ def check_own_format(checkpoint: dict, path: str | Path) -> None:
         raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
     if missing := REQUIRED.keys() - checkpoint.keys():
         raise UserError(f"{path}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
-    for name, kind in REQUIRED.items():
-        if type(checkpoint[name]) is not kind:
-            raise UserError(f"{path}: not a checkpoint of this program: {name} is no {kind.__name__}")
-    if checkpoint["image_size"] < 1:
-        raise UserError(f"{path}: not a checkpoint of this program: its image size is {checkpoint['image_size']}")
-    if not isinstance(data_dir := checkpoint["flags"].get("data_dir", ""), str) or "\0" in data_dir:
-        raise UserError(f"{path}: not a checkpoint of this program: its data_dir is no folder's name")
+    wrong = [f"{name} is no {kind.__name__}" for name, kind in REQUIRED.items() if type(checkpoint[name]) is not kind]
+    if not wrong and checkpoint["image_size"] < 1:
+        wrong = [f"its image size is {checkpoint['image_size']}"]
+    if not wrong and not isinstance(checkpoint["flags"].get("data_dir", ""), str):
+        wrong = ["its data_dir is no folder's name"]
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of this program: {', '.join(wrong)}")
     as_state_dict(checkpoint["model"], path)
 
 
@@ -128,31 +120,25 @@ def as_state_dict(content, path: str | Path) -> dict[str, Tensor]:
     """The content of a file, if it is a state_dict of plain tensors; UserError otherwise."""
 
     def is_plain(value) -> bool:  # dense, with all of its numbers in the file
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             return False
-        return value.numel() * value.itemsize <= value.untyped_storage().nbytes()
+        return value.nbytes <= value.untyped_storage().nbytes()
 
-    if not (isinstance(content, dict) and content) or not all(
-        isinstance(key, str) and is_plain(value) for key, value in content.items()
-    ):
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and is_plain(value) for key, value in entries):
         raise UserError(f"{path}: holds no state_dict, and is no checkpoint of this program; {REMEDY}")
     return content
 
 
 def build_model(
-    checkpoint: dict,
-    path: str | Path,
-    model_arch: str | None = None,
-    num_classes: int | None = None,
-    image_size: int | None = None,
+    checkpoint: dict, path: str | Path, model_arch: str | None = None, num_classes: int | None = None, image_size=None
 ) -> nn.Module:
     """The network of a checkpoint, on the CPU, in eval mode, in the dtype of its weights.
 
     Args:
         checkpoint: from ``read_checkpoint``; without a model it is the network as the callable makes it.
         path: its file, for messages.
-        model_arch: the architecture that the user named; needed where it is package.module:callable, whose code a file
-            must not run by itself.
+        model_arch: the architecture that the user named; a package.module:callable must be named, as its code runs.
         num_classes, image_size: of the images, where the checkpoint does not tell them.
 
     Raises:
@@ -166,9 +152,8 @@ def build_model(
             with torch.device("meta"):  # sizes that the weights turn out not to have take no memory
                 model = build_network(arch, num_classes, image_size)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}: its image size {image_size} and {num_classes} classes do not fit a {arch} ({one_line(error)})"
-            ) from error
+            sizes = f"its image size {image_size} and {num_classes} classes"
+            raise UserError(f"{path}: {sizes} do not fit a {arch} ({one_line(error)})") from error
     elif ":" in arch:
         if arch != model_arch:
             raise UsageError(f"{path} is of a network that {arch} makes; if you trust that, give --model-arch {arch}")

@@ -17,16 +17,8 @@ from utils.errors import UsageError, UserError, one_line
 from utils.numerics import frozen_in_eval
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-OWN_NAMES = (
-    "curvature",
-    "data",
-    "experiments",
-    "models",
-    "training",
-    "utils",
-)  # our packages, which a user's project may well have, too
+# our packages, which a user's project may well have, too
+OWN_NAMES = ("curvature", "data", "experiments", "models", "training", "utils")
 
 
 @contextmanager
@@ -57,24 +49,14 @@ def users_modules() -> Iterator[None]:
 
 
 def import_callable(model_arch: str) -> Callable[..., nn.Module]:
-    """What "package.module:callable" names; the module may be a file in the current directory.
-
-    Raises:
-        UsageError: if the module cannot be imported, has no such attribute, or that is not something to call.
-    """
+    """What "package.module:callable" names; UsageError if that cannot be imported, or called to get a network."""
     module_name, _, attribute = model_arch.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        builder = attrgetter(attribute)(importlib.import_module(module_name))
     except (Exception, SystemExit) as error:  # it is the user's code: it may raise anything, or be a script that exits
         raise UsageError(
-            f"{model_arch}: cannot import {module_name!r} ({one_line(error)}); "
+            f"{model_arch}: cannot import {attribute!r} from {module_name!r} ({one_line(error)}); "
             "give package.module:callable, installed or in the current directory"
-        ) from error
-    try:
-        builder = attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise UsageError(
-            f"{model_arch}: {module_name} has no {attribute!r}; name a function that returns it"
         ) from error
     if isinstance(builder, nn.Module) or not callable(builder):  # a module is callable, but on images
         raise UsageError(
@@ -85,31 +67,14 @@ def import_callable(model_arch: str) -> Callable[..., nn.Module]:
 
 def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
     """builder(num_classes=num_classes) if it has such a parameter or takes any keyword, else builder()."""
+    signature = inspect.signature(builder)
     try:
-        parameters = inspect.signature(builder).parameters
-    except (TypeError, ValueError):  # compiled code may not tell its signature
-        parameters = {}
-    named = parameters.get("num_classes")
-    if named is not None and named.kind in (named.KEYWORD_ONLY, named.POSITIONAL_OR_KEYWORD):
+        signature.bind(num_classes=num_classes)
         return builder(num_classes=num_classes)
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        try:
-            return builder(num_classes=num_classes)
-        except TypeError:  # it hands its keywords on to something that has no num_classes
-            return builder()
-    return builder()
-
-
-def as_low_curvature(model: nn.Module, name: str, image_size: int, quiet: bool) -> nn.Module:
-    """The low-curvature version for square images of that size; what was replaced is printed unless ``quiet``."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    try:
-        model, report = low_curvature(model, like.new_zeros(1, 3, image_size, image_size))
-    except Exception as error:  # the model's own code runs here
-        raise UserError(f"{name}: cannot be made low-curvature ({one_line(error)}); leave --lcnn out") from error
-    if not quiet:
-        print(f"{name}, made low-curvature:\n{report}")
-    return model
+    except TypeError:
+        if "num_classes" in signature.parameters:
+            raise
+        return builder()  # or it hands its keywords on to something that has no num_classes
 
 
 def build_outside_network(
@@ -125,7 +90,7 @@ def build_outside_network(
 
     Raises:
         UsageError: if model_arch names nothing that can be called, or that returns no nn.Module.
-        UserError: if the callable fails.
+        UserError: if the callable, or making its network low-curvature, fails.
     """
     with users_modules():
         builder = import_callable(model_arch)
@@ -136,7 +101,14 @@ def build_outside_network(
     if not isinstance(model, nn.Module):
         raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
     if lcnn_size:
-        model = as_low_curvature(model, model_arch, lcnn_size, quiet)
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        try:
+            model, report = low_curvature(model, like.new_zeros(1, 3, lcnn_size, lcnn_size))
+        except Exception as error:  # the model's own code runs here
+            message = f"{model_arch}: cannot be made low-curvature ({one_line(error)}); leave --lcnn out"
+            raise UserError(message) from error
+        if not quiet:
+            print(f"{model_arch}, made low-curvature:\n{report}")
     return model.eval()
 
 
@@ -147,24 +119,24 @@ def try_forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -
 
 
 def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:
-    """The logits (N, num_classes) of a copy of the images: a model may well change its input in place."""
-    shape = tuple(images.shape)
+    """The logits (N, num_classes) of a copy of the images: a model may well change its input in place.
+
+    Raises:
+        UserError: naming the model, if it fails or returns anything else.
+    """
+    shape, expected = tuple(images.shape), (len(images), num_classes)
     try:
         logits = model(images.clone())
     except Exception as error:  # the user's code may raise anything
-        raise UserError(
-            f"{name}: fails on images of shape {shape} ({one_line(error)}); mend it or give images of its size"
-        ) from error
+        message = f"{name}: fails on images of shape {shape} ({one_line(error)}); mend it or give images of its size"
+        raise UserError(message) from error
     if not isinstance(logits, Tensor):
         raise UserError(f"{name}: gives a {type(logits).__name__}; return the tensor of logits alone")
-    found, expected = tuple(logits.shape), (len(images), num_classes)
-    if len(found) == 2 and found[0] == len(images) and found != expected:
-        raise UserError(
-            f"{name}: gives {found[1]} logits, the data set has {num_classes} classes; "
-            "give the data set it was trained on"
-        )
+    found = tuple(logits.shape)
+    if found != expected and logits.ndim == 2 and len(logits) == len(images):
+        sizes = f"{found[1]} logits, the data set has {num_classes} classes"
+        raise UserError(f"{name}: gives {sizes}; give the data set it was trained on")
     if found != expected or not logits.is_floating_point():
-        raise UserError(
-            f"{name}: gives {logits.dtype} {found} for images of shape {shape}; return floating point logits {expected}"
-        )
+        what = f"{logits.dtype} {found} for images of shape {shape}"
+        raise UserError(f"{name}: gives {what}; return floating point logits {expected}")
     return logits

@@ -1,119 +1,192 @@
-"""Checkpoints: what they hold, and what happens to those that are not whole or not ours."""
+"""Weight files: what they hold; damaged, foreign or hostile ones end in one line, and no code in them runs."""
+
+import random
+import re
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_one_line_error, run_main
 
 import estimate_curvature
-from models.checkpoint import load_model, save_checkpoint
+from models.checkpoint import FORMAT, load_model, save_checkpoint
 from models.model_selector import model_architecture
 from utils.errors import UsageError, UserError
 
+BIAS = "classifier.bias"
 
-def checkpoint_of(model: torch.nn.Module, arch: str = "vgg11") -> dict:
-    return {
-        "model_arch": arch,
-        "dataset": "digits",
-        "num_classes": 10,
-        "image_size": 16,
-        "class_names": [str(i) for i in range(10)],
-        "flags": {"data_dir": "datasets"},
-        "epoch": 1,
-        "metrics": [],
-        "model": model.state_dict(),
-    }
+
+def build(arch: str = "vgg11") -> torch.nn.Module:
+    torch.manual_seed(0)
+    return model_architecture[arch](10, 16).eval()
+
+
+def contents(state, **changes) -> dict:
+    """A checkpoint of a vgg11 with this state_dict."""
+    checkpoint = {"model_arch": "vgg11", "dataset": "digits", "num_classes": 10, "image_size": 16, "epoch": 1}
+    checkpoint |= {"class_names": [str(i) for i in range(10)], "flags": {"data_dir": "x"}, "metrics": []}
+    return FORMAT | checkpoint | {"model": state} | changes
+
+
+def state_of(**changes) -> dict:
+    return dict(build().state_dict()) | changes
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return model_architecture["vgg11"](10, input_size=16).eval()
+def path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
+    save_checkpoint(path, contents(build().state_dict()))
+    return path
 
 
-@pytest.fixture
-def path(tmp_path, model):
-    save_checkpoint(tmp_path / "model.pt", checkpoint_of(model))
-    return tmp_path / "model.pt"
+def refusal(path: Path) -> str:
+    """The one line with which load_model refuses a file."""
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
 
 
-def test_load_model_gives_back_the_same_function_in_its_own_dtype(path, model, tmp_path):
+def test_load_model_gives_back_the_same_function(path):
     x = torch.rand(2, 3, 16, 16)
-    assert torch.equal(load_model(path)(x), model(x))
-    assert torch.equal(load_model(path, "vgg11")(x), model(x))
-    assert not load_model(path).training
-    double = model_architecture["vgg11lcnn"](10, input_size=16).double().eval()
-    save_checkpoint(tmp_path / "double.pt", checkpoint_of(double, "vgg11lcnn"))
-    assert torch.equal(load_model(tmp_path / "double.pt")(x.double()), double(x.double()))
+    assert torch.equal(load_model(path)(x), build()(x))
+    assert not load_model(path, "vgg11").training
+    with pytest.raises(UsageError, match="holds a vgg11, not a resnet18"):
+        load_model(path, "resnet18")
+
+
+def test_weights_of_any_layout_and_precision_are_taken(tmp_path):
+    model = build("vgg11lcnn").to(memory_format=torch.channels_last)
+    state = model.state_dict() | {BIAS: model.classifier.bias.detach().double()}
+    save_checkpoint(tmp_path / "mixed.pt", contents(state, model_arch="vgg11lcnn"))
+    loaded = load_model(tmp_path / "mixed.pt")
+    for (name, tensor), own in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert tensor.dtype == (torch.float64 if own.is_floating_point() else own.dtype), name
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, own.to(tensor.dtype))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(loaded(x), model.double()(x))
 
 
 def test_a_checkpoint_is_plain(path):
     """Nothing but dicts, lists, tensors, numbers and strings, so that weights_only loading needs no allowance."""
-    kinds = set()
-
-    def visit(value):
+    kinds, to_do = set(), [torch.load(path, weights_only=True)]
+    while to_do:
+        value = to_do.pop()
         kinds.add(type(value))
-        if type(value) is dict:
-            for item in value.values():
-                visit(item)
-        if type(value) is list:
-            for item in value:
-                visit(item)
-
-    visit(torch.load(path, weights_only=True))
+        if type(value) in (dict, list):
+            to_do += value.values() if type(value) is dict else value
     assert kinds <= {dict, list, torch.Tensor, int, float, str, bool, type(None)}
 
 
-def test_load_model_errors(path, tmp_path, model):
-    with pytest.raises(UsageError, match="holds a vgg11, not a resnet18"):
-        load_model(path, "resnet18")
-    with pytest.raises(UserError, match="no such"):
-        load_model(tmp_path / "absent.pt")
-    for length in (0, 1, 1000, path.stat().st_size - 5000):
-        (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:length])
-        with pytest.raises(UserError, match=r"cut\.pt: not readable weights"):
-            load_model(tmp_path / "cut.pt")
-    for foreign in ({0: torch.zeros(3)}, {"format": "lcnn", "version": 1}, {"format": "lcnn", "version": 2}):
-        torch.save(foreign, tmp_path / "odd.pt")
-        with pytest.raises(UserError, match=r"odd\.pt"):
-            load_model(tmp_path / "odd.pt")
-    for name, value in (("image_size", 20), ("model", {"classifier.bias": torch.zeros(2, dtype=torch.int64)})):
-        save_checkpoint(tmp_path / "odd.pt", checkpoint_of(model) | {name: value})
-        with pytest.raises(UserError, match=r"do not fit"):
-            load_model(tmp_path / "odd.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match=r"foreign\.pt: neither"):
-        load_model(tmp_path / "foreign.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds no state_dict"):
-        load_model(tmp_path / "list.pt")
-    save_checkpoint(tmp_path / "wrong.pt", checkpoint_of(model, "resnet18"))
-    with pytest.raises(UserError, match="do not fit resnet18"):
-        load_model(tmp_path / "wrong.pt")
-
-
-def test_a_pickle_that_runs_code_is_not_run(tmp_path):
+@pytest.mark.parametrize("wrap", [lambda payload: payload, lambda payload: {"format": "lcnn", "model": payload}])
+def test_a_pickle_that_runs_code_is_not_run(wrap, tmp_path):
     class Payload:
         def __reduce__(self):
             return open, (str(tmp_path / "created"), "w")
 
-    torch.save({"format": "lcnn", "model": Payload()}, tmp_path / "hostile.pt")
-    with pytest.raises(UserError, match="not plain tensors"):
-        load_model(tmp_path / "hostile.pt")
+    torch.save(wrap(Payload()), tmp_path / "hostile.pt")
+    assert "not plain tensors" in refusal(tmp_path / "hostile.pt")
     assert not (tmp_path / "created").exists()
 
 
-def test_estimate_refuses_files_in_one_line(path, tmp_path, capsys):
-    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:1000])
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    for name, code, words in (
-        ("absent.pt", 1, ["absent.pt", "no such"]),
-        ("cut.pt", 1, ["cut.pt", "damaged"]),
-        ("foreign.pt", 1, ["foreign.pt", "neither"]),
-    ):
-        result = run_main(estimate_curvature, ["--model-filename", tmp_path / name], capsys)
-        assert_one_line_error(result, code, *words)
-    for flags, words in (
-        (["--model-arch", "resnet18"], ["vgg11", "resnet18", "--model-arch"]),
-        (["--dataset", "svhn"], ["digits", "svhn", "--dataset"]),
-    ):
-        result = run_main(estimate_curvature, ["--model-filename", path, *flags], capsys)
-        assert_one_line_error(result, 2, *words)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: contents(state_of(**{BIAS: torch.zeros(11)})), "size mismatch for classifier.bias"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(())})), "size mismatch for classifier.bias"),
+        (lambda: contents({k: v for k, v in state_of().items() if k != BIAS}), "Missing key"),
+        (lambda: contents(state_of(extra=torch.zeros(1))), "Unexpected key"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10, dtype=torch.int32)})), "is of torch.int32"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10, dtype=torch.complex64)})), "is of torch.complex64"),
+        (lambda: contents(state_of(**{BIAS: "zeros"})), "holds no state_dict"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10).to_sparse()})), "holds no state_dict"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(10, device="meta")})), "holds no state_dict"),
+        (lambda: contents(state_of(**{BIAS: torch.zeros(1).expand(10)})), "holds no state_dict"),  # of 4 bytes
+        (lambda: contents(state_of(**{BIAS: torch.full((10,), torch.nan)})), "not all finite"),
+        (lambda: contents([1, 2]), "model is no dict"),
+        (lambda: contents(state_of(), model_arch="resnet18"), "do not fit resnet18"),
+        (lambda: contents(state_of(), model_arch="resnet17"), "unknown architecture"),
+        (lambda: contents(state_of(), model_arch=["vgg11"]), "model_arch is no str"),
+        (lambda: contents(state_of(), image_size=20), "do not fit a vgg11"),
+        (lambda: contents(state_of(), image_size=-16), "image size is -16"),
+        (lambda: contents(state_of(), num_classes=10**12), "do not fit"),
+        (lambda: contents(state_of(), num_classes="ten"), "num_classes is no int"),
+        (lambda: contents(state_of(), flags={"data_dir": 7}), "data_dir"),
+        (lambda: contents(state_of(), version=2), "checkpoint version 2"),
+        (lambda: FORMAT, "an incomplete checkpoint"),
+        (lambda: [1, 2], "holds no state_dict"),
+        (lambda: {0: torch.zeros(3)}, "holds no state_dict"),
+        (lambda: {"state": {"weights": torch.zeros(3)}}, "holds no state_dict"),
+        (lambda: {"fc.weight": torch.zeros(3, 3)}, "neither a checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, reason, tmp_path, capsys):
+    torch.save(make(), tmp_path / "odd.pt")
+    result = run_main(estimate_curvature, ["--model-filename", tmp_path / "odd.pt"], capsys)
+    assert_one_line_error(result, 1, "odd.pt", reason)
+
+
+def test_files_that_are_no_weights(path, tmp_path, capsys):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "text.pt").write_text("weights")
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as file:
+        file.writestr("hello", "world")
+    whole = path.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:1000])
+    (tmp_path / "flipped.pt").write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:])
+    for name in ("folder", "absent", "empty", "text", "zip", "cut", "flipped"):
+        result = run_main(estimate_curvature, ["--model-filename", tmp_path / f"{name}.pt"], capsys)
+        words = "no such file" if name in ("folder", "absent") else "truncated, damaged"
+        assert_one_line_error(result, 1, f"{name}.pt", words)
+
+
+def test_flags_that_disagree_with_the_checkpoint(path, capsys):
+    for flag, wanted, own in (("--model-arch", "resnet18", "vgg11"), ("--dataset", "svhn", "digits")):
+        result = run_main(estimate_curvature, ["--model-filename", path, flag, wanted], capsys)
+        assert_one_line_error(result, 2, flag, wanted, own)
+
+
+def test_an_image_size_that_would_take_buffers_the_file_does_not_have(tmp_path):
+    def peak_mib() -> float:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    checkpoint = contents(build("vgg11lcnn").state_dict(), model_arch="vgg11lcnn", image_size=2048)
+    save_checkpoint(tmp_path / "size.pt", checkpoint)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_mib()
+    assert "do not fit" in refusal(tmp_path / "size.pt")
+    assert peak_mib() - before < 500  # the buffers would be 4 GiB
+
+
+@pytest.mark.long
+def test_truncated_at_every_percent(path, tmp_path):
+    whole = path.read_bytes()
+    for percent in range(100):
+        (tmp_path / "cut.pt").write_bytes(whole[: len(whole) * percent // 100])
+        refusal(tmp_path / "cut.pt")
+
+
+@pytest.mark.long
+def test_two_hundred_flipped_bits(path, tmp_path):
+    """Every flip in a tensor or in the structure is noticed; what is let in is the same network."""
+    whole, truth, generator, refused = path.read_bytes(), load_model(path).state_dict(), random.Random(0), 0
+    records = [info.header_offset for info in zipfile.ZipFile(path).infolist()]
+    for trial in range(200):
+        # anywhere, which is nearly always in a weight; or in the headers, the pickle, or the directory at the end
+        start = generator.choice([*records, len(whole) - 4000])
+        position = generator.randrange(len(whole)) if trial % 2 else start + generator.randrange(300)
+        damaged = bytearray(whole)
+        damaged[min(position, len(whole) - 1)] ^= 1 << generator.randrange(8)
+        (tmp_path / "flipped.pt").write_bytes(damaged)
+        try:
+            found = load_model(tmp_path / "flipped.pt").state_dict()
+        except UserError:
+            refused += 1
+        else:
+            assert all(torch.equal(found[name], tensor) for name, tensor in truth.items())
+    assert refused > 100
