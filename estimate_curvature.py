@@ -16,21 +16,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from curvature.eigenvalues import methods
 from curvature.estimate import estimate_curvature as estimate_curvature
-from curvature.estimate import measurable
-from curvature.pictures import plot_layers, plot_measurements
+from curvature.estimate import prepared
+from curvature.pictures import plot_layers, plot_results
 from curvature.results import (
-    Measurement,
-    as_measurement,
+    averaged,
     comparison_table,
-    format_measurement,
-    measure_split,
-    model_names,
-    read_measurements,
-    write_measurements,
+    for_examples,
+    format_summary,
+    named,
+    read_results,
+    write_results,
 )
 from curvature.subjects import Subject, add_subject_flags, check_subject_flags, chosen_splits, load_subjects
 from models.bound import format_layers, layer_table
@@ -118,38 +118,43 @@ def output_files(flags: argparse.Namespace) -> list[Path]:
     return [path for path in (flags.output, flags.plot, layers) if path]
 
 
-def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[Measurement]:
-    """Measure one model on a subset of its data set's splits, the same for every model."""
-    with measurable(subject.model, flags.fold) as model:
-        print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
+def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[pd.DataFrame]:
+    """The results of one model on a subset of its data set's splits, the same for every model; a table for each."""
+
+    def columns(images, labels, generators):
+        return estimate_curvature(
+            model,
+            images,
+            labels,
+            flags.method,
+            flags.num_power_iter,
+            flags.tol,
+            generators,
+            top_k=flags.top_k,
+            trace_probes=flags.trace_probes,
+            use_folding=flags.fold,
+        ).columns()
+
+    print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
+    with prepared(subject.model, flags.fold) as model:
         for name, split, indices in chosen_splits(subject, flags):
-            estimate = measure_split(
-                model,
-                split,
-                indices,
-                subject.dtype,
-                flags.batch_size,
-                flags.prng_seed,
-                f"{subject.name} {name}",
-                method=flags.method,
-                num_iterations=flags.num_power_iter,
-                tol=flags.tol,
-                top_k=flags.top_k,
-                trace_probes=flags.trace_probes,
-                use_folding=flags.fold,
+            description = f"{subject.name} {name}"
+            results = for_examples(
+                split, indices, flags.batch_size, subject.dtype, flags.prng_seed, description, columns
             )
-            labels = split.labels[indices.to(split.labels.device)].cpu()
-            yield as_measurement(subject.name, name, indices, labels, estimate)
+            results.insert(0, "model", subject.name)
+            results.insert(1, "split", name)
+            yield results
 
 
-def report_layers(subject: Subject, measurements: Sequence[Measurement]):
+def report_layers(subject: Subject, results: pd.DataFrame):
     """Print a low-curvature network layer by layer, with the largest curvature measured; its table, if it has one."""
     try:
         table = layer_table(subject.model)
     except ValueError as error:
         print(f"{subject.name}: no table of layers: {error}")
         return None
-    largest = max((m.columns["curvature"][m.averaged()].max(initial=0.0) for m in measurements), default=None)
+    largest = max(results["curvature"][averaged(results)], default=0.0)
     print(f"{subject.name}, layer by layer:\n{format_layers(table, largest)}")
     return table
 
@@ -157,11 +162,10 @@ def report_layers(subject: Subject, measurements: Sequence[Measurement]):
 def estimate(flags: argparse.Namespace) -> None:
     """Do what the flags say: measure, print, write and draw."""
     check_flags(flags)
-    earlier = [m for path in flags.compare for m in read_measurements(path)]
-    settings = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(flags).items()}
-    settings |= {"torch": torch.__version__, "compare": list(map(str, flags.compare))}
+    earlier = [read_results(path).assign(source=str(path)) for path in flags.compare]
+    settings = {**vars(flags), "torch": torch.__version__}
     first = distributed.rank() == 0
-    measurements: list[Measurement] = []
+    measured: list[pd.DataFrame] = []
     tables = []
     torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     subjects = load_subjects(flags) if flags.model_filename or flags.model_arch else []
@@ -172,21 +176,21 @@ def estimate(flags: argparse.Namespace) -> None:
         make_room(path)
     for subject in subjects:
         of_subject = []
-        for measurement in measure(subject, flags):
-            print(format_measurement(measurement), flush=True)
-            of_subject.append(measurement)
+        for results in measure(subject, flags):
+            print(format_summary(results), flush=True)
+            of_subject.append(results)
             if flags.output and first:  # after each split: whatever happens later, this much is there
-                write_measurements(flags.output, measurements + of_subject, settings)
-        measurements += of_subject
-        if flags.layers and (table := report_layers(subject, of_subject)):
+                write_results(flags.output, pd.concat(measured + of_subject), settings)
+        measured += of_subject
+        if flags.layers and (table := report_layers(subject, pd.concat(of_subject))):
             tables.append((Path(subject.name).stem, table))
-    together = earlier + measurements
+    together = pd.concat([*earlier, *(results.assign(source="") for results in measured)], ignore_index=True)
     if earlier or len(subjects) > 1:
         print(comparison_table(together))
     if not first:
         return
     if flags.plot:
-        plot_measurements(flags.plot, list(zip(model_names(together), together, strict=True)))
+        plot_results(flags.plot, named(together))
     if isinstance(flags.layers, Path) and tables:
         plot_layers(flags.layers, tables)
     for path in output_files(flags):

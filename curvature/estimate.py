@@ -3,7 +3,7 @@
 Here the parts come together: derivatives.py has the products, eigenvalues.py what is done with them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -24,41 +24,33 @@ class CurvatureEstimate:
     """What estimate_curvature found: (N,) tensors, one entry per example, on the images' device; in their dtype unless
     another is named."""
 
-    hessian_norm: Tensor  # h = ||Hessian of the loss||_2, the magnitude of its largest eigenvalue
+    predicted: Tensor  # the class with the largest logit, int64
+    loss: Tensor  # cross-entropy
     gradient_norm: Tensor  # g = ||gradient of the loss||_2
+    hessian_norm: Tensor  # h = ||Hessian of the loss||_2, the magnitude of its largest eigenvalue
     curvature: Tensor  # C = h / (g + 1e-6)
     eigenvalue: Tensor  # h with the eigenvalue's sign
     residual: Tensor  # ||H u - lambda u|| / |lambda|: relative, 0 when u is an eigenvector
     products: Tensor  # Hessian-vector products spent, int64
     converged: Tensor  # residual <= tol, bool
-    loss: Tensor  # cross-entropy
-    predicted: Tensor  # the class with the largest logit, int64
     eigenvalues: Tensor  # (N, top_k) signed, largest magnitude first
     trace: Tensor | None = None  # of the Hessian, with trace_probes
     trace_error: Tensor | None = None  # its standard error
 
-    def __len__(self) -> int:
-        return len(self.hessian_norm)
-
-    def to(self, device: torch.device | str) -> "CurvatureEstimate":
-        return self._each(lambda tensor: tensor.to(device))
-
-    def __getitem__(self, rows: Tensor) -> "CurvatureEstimate":
-        """The estimate of the rows a mask or index picks."""
-        return self._each(lambda tensor: tensor[rows])
-
-    def _each(self, change) -> "CurvatureEstimate":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return CurvatureEstimate(**{name: None if t is None else change(t) for name, t in tensors.items()})
-
-    @staticmethod
-    def concatenate(estimates: Sequence["CurvatureEstimate"]) -> "CurvatureEstimate":
-        columns = {field.name: [getattr(e, field.name) for e in estimates] for field in fields(CurvatureEstimate)}
-        return CurvatureEstimate(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+    def columns(self) -> dict[str, Tensor]:
+        """The (N,) columns of a table of results; of eigenvalues all but the first, as eigenvalue_2, ..."""
+        columns = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "eigenvalues":
+                columns |= {f"eigenvalue_{k + 1}": value[:, k] for k in range(1, value.shape[1])}
+            elif value is not None:
+                columns[field.name] = value
+        return columns
 
 
 @contextmanager
-def measurable(model: nn.Module | FoldedNetwork, use_folding: bool = True) -> Iterator[nn.Module | FoldedNetwork]:
+def prepared(model: nn.Module | FoldedNetwork, use_folding: bool = True) -> Iterator[nn.Module | FoldedNetwork]:
     """The model as it is measured: in eval mode and frozen, and folded if it is a network of ours."""
     with float32_proper():
         if isinstance(model, FoldedNetwork):
@@ -127,7 +119,7 @@ def estimate_curvature(
         raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype}; give one or more, floating point")
     if len(images) != len(labels) or labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)} and {labels.dtype}")
-    with measurable(model, use_folding) as network:
+    with prepared(model, use_folding) as network:
         hessian = input_hessian(network, images, labels)
         trace = trace_error = None
         if trace_probes:  # while every example is still in the batch
@@ -139,15 +131,15 @@ def estimate_curvature(
     residual = found.residuals.amax(dim=1)
     hessian_norm, gradient_norm = found.values[:, 0].abs(), norms(hessian.gradient)
     return CurvatureEstimate(
-        hessian_norm=hessian_norm,
+        predicted=hessian.logits.argmax(dim=1),
+        loss=hessian.loss,
         gradient_norm=gradient_norm,
+        hessian_norm=hessian_norm,
         curvature=hessian_norm / (gradient_norm + GRADIENT_EPS),
         eigenvalue=found.values[:, 0],
         residual=residual,
         products=found.products,
         converged=residual <= tol,
-        loss=hessian.loss,
-        predicted=hessian.logits.argmax(dim=1),
         eigenvalues=found.values,
         trace=trace,
         trace_error=trace_error,

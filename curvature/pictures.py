@@ -4,25 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from curvature.results import QUANTITIES, Measurement
+from curvature.results import QUANTITIES, averaged
 from models.bound import LayerTable
 from utils.plots import draw_bars, new_figure, save_figure
 
 
-def plot_measurements(path: Path, measurements: Sequence[tuple[str, Measurement]]) -> None:
+def plot_results(path: Path, results: Sequence[tuple[str, pd.DataFrame]]) -> None:
     """How gradient norm, Hessian norm and curvature are distributed over examples: a panel each, on a log axis.
 
     Args:
-        measurements: named; a violin for each, of the examples that enter its averages.
+        results: the rows of a model and split, named; a violin for each, of the examples that enter its averages.
     """
     figure, axes = new_figure(len(QUANTITIES))
     figure.set_figheight(4.8)  # the names below need room
     figure.suptitle("the examples of each model and split; bars: extremes and median", fontsize=9)
-    labels = [f"{name}\n{m.split}, {m.averaged().sum()} examples" for name, m in measurements]
+    kept = [(name, rows[averaged(rows)]) for name, rows in results]
+    labels = [f"{name}\n{rows['split'].iloc[0]}, {averaged(rows).sum()} examples" for name, rows in results]
     for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
-        values = [m.columns[quantity][m.averaged()] for _, m in measurements]
-        logs = [np.log10(v[v > 0]) for v in values]
+        logs = [np.log10(rows[quantity][rows[quantity] > 0]) for _, rows in kept]
         drawn = [i for i, values in enumerate(logs) if len(values)]
         if drawn:
             axis.violinplot([logs[i] for i in drawn], positions=drawn, widths=0.8)

@@ -8,21 +8,16 @@ Several files are examined on the same examples. --autoattack needs AutoAttack (
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from curvature.estimate import measurable
-from curvature.results import model_names
+from curvature.estimate import prepared
+from curvature.results import for_examples, named, write_json, write_rows
 from curvature.subjects import add_subject_flags, check_subject_flags, chosen_splits, load_subjects
-from experiments.robustness import (
-    Robustness,
-    RobustnessSettings,
-    examine_split,
-    format_summary,
-    plot_robustness,
-    write_robustness,
-)
+from experiments.robustness import RobustnessSettings, examine, format_summary, plot_robustness, summarize
 from training.attacks import NORMS, import_auto_attack
 from utils import cli, distributed
 from utils.errors import UsageError
@@ -112,12 +107,10 @@ def settings_from(flags: argparse.Namespace) -> RobustnessSettings:
     )
 
 
-def evaluate(flags: argparse.Namespace) -> list[Robustness]:
-    """Do what the flags say: examine, print, write and draw. Returns a table for each model and split."""
+def evaluate(flags: argparse.Namespace) -> None:
+    """Do what the flags say: examine, print, write and draw."""
     check_flags(flags)
     settings = settings_from(flags)
-    recorded = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(flags).items()}
-    recorded |= {"torch": torch.__version__}
     first = distributed.rank() == 0
     torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     subjects = load_subjects(flags)
@@ -128,23 +121,30 @@ def evaluate(flags: argparse.Namespace) -> list[Robustness]:
     tables = []
     for subject in subjects:
         print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
-        with measurable(subject.model) as network:
+        with prepared(subject.model) as network:
+            measure = partial(examine, network, settings=settings)
             for name, split, indices in chosen_splits(subject, flags):
-                columns = examine_split(
-                    network, split, indices, subject.dtype, flags.batch_size, settings, f"{subject.name} {name}"
+                description = f"{subject.name} {name}"
+                results = for_examples(
+                    split, indices, flags.batch_size, subject.dtype, flags.prng_seed, description, measure
                 )
-                tables.append(Robustness(subject.name, name, columns))
-                print(format_summary(tables[-1].summary(settings)), flush=True)
+                results.insert(0, "model", subject.name)
+                results.insert(1, "split", name)
+                tables.append(results)
+                print(format_summary(summarize(results)), flush=True)
                 if flags.output and first:  # after each split: whatever happens later, this much is there
-                    write_robustness(flags.output, tables, settings, recorded)
+                    write_rows(flags.output, pd.concat(tables))
+                    models = [summarize(table) for table in tables]
+                    content = {"settings": {**vars(flags), "torch": torch.__version__}, "models": models}
+                    write_json(flags.output.with_suffix(".json"), content)
     if not flags.autoattack:
         print("PGD alone can overstate robustness; --autoattack tries harder")
     if flags.plot and first:
-        names = [f"{name}, {table.split}" for name, table in zip(model_names(tables), tables, strict=True)]
-        plot_robustness(flags.plot, names, [table.summary(settings) for table in tables])
+        groups = named(pd.concat(tables))
+        names = [f"{name}, {rows['split'].iloc[0]}" for name, rows in groups]
+        plot_robustness(flags.plot, names, [summarize(rows) for _, rows in groups])
     for path in files:
         print(f"saved {path}")
-    return tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:

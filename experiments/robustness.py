@@ -4,27 +4,22 @@ Gradient stability of a function f at x (paper, section 5): ||grad f(x + delta) 
 delta of a given l2 norm, f being the example's loss or the logit of its true class.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.derivatives import cross_entropy, input_vector_jacobian_product
 from curvature.folding import FoldedNetwork
-from curvature.results import ExampleTable, example_generators, strict_json
-from data.batches import Split, to_pixels
 from training.attacks import PGD, auto_attack, loss_gradient, strongest
-from utils.distributed import gather_shares, own_share
-from utils.files import write_atomically, write_csv
 from utils.numerics import Generators, draw_normal, normalize, norms
 from utils.plots import new_figure, save_figure
-from utils.progress import progress
 
 STABILITY = {"loss": "loss", "logit": "true-class logit"}  # f in the names of columns, and in words
 
@@ -124,19 +119,19 @@ def examine(
     network: nn.Module | FoldedNetwork,
     images: Tensor,
     labels: Tensor,
-    settings: RobustnessSettings,
     generators: list[torch.Generator],
+    settings: RobustnessSettings,
 ) -> dict[str, Tensor]:
     """Everything the settings ask for, at a batch of examples.
 
     Args:
-        network: frozen and in eval mode, see ``curvature.estimate.measurable``.
+        network: frozen and in eval mode, see ``curvature.estimate.prepared``.
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
         generators: one for each example, so that its results do not depend on the batch.
 
     Returns:
-        Columns (N,) on the CPU: predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for
+        Columns (N,): predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for
         those that withstand. AutoAttack is tried on what PGD left standing, and its columns tell of both.
     """
     with torch.no_grad():
@@ -163,65 +158,36 @@ def examine(
         if settings.autoattack:
             standing = withstood(network, labels, correct, radii, partial(auto, norm), standing)
             columns |= {f"autoattack_{norm}_{eps:g}": mask for eps, mask in standing.items()}
-    return {name: column.cpu() for name, column in columns.items()}
+    return columns
 
 
-def examine_split(
-    network: nn.Module | FoldedNetwork,
-    split: Split,
-    indices: Tensor,
-    dtype: torch.dtype,
-    batch_size: int,
-    settings: RobustnessSettings,
-    description: str = "",
-) -> dict[str, np.ndarray]:
-    """``examine`` at some examples of a split, (n,) positions, batch by batch; every process does its share.
+def summarize(results: pd.DataFrame) -> dict:
+    """Accuracies in percent, by attack and eps, and the mean and standard deviation of stability, by delta.
 
-    Returns:
-        The columns of a result file, (n,), in the order of ``indices``, on every process.
+    Examples whose gradient is zero or not finite have no stability; ``left_out`` counts them.
+
+    Args:
+        results: the rows of one model and split, with the columns of ``examine``.
     """
-    parts = own_share(list(indices.split(batch_size)))
-    shares = []
-    for part in progress(parts, description, sum(map(len, parts)), "examples", size=len):
-        batch = split[part.to(split.images.device)]
-        generators = example_generators(part, settings.seed)
-        found = examine(network, to_pixels(batch.images, dtype), batch.labels, settings, generators)
-        shares.append({"index": part, "label": batch.labels.cpu(), **found})
-    columns = gather_shares(shares)
-    return {name: np.concatenate([share[name].numpy() for share in columns]) for name in columns[0]}
-
-
-@dataclass(frozen=True)
-class Robustness(ExampleTable):
-    """One model on the chosen examples of one split; see ``examine`` for the columns."""
-
-    def summary(self, settings: RobustnessSettings) -> dict:
-        """Accuracies in percent, by attack and eps, and the mean and standard deviation of stability, by delta.
-
-        Examples whose gradient is zero or not finite have no stability; ``left_out`` counts them.
-        """
-        columns = self.columns
-        robust, stability = {}, {}
-        for attack in ("pgd", "autoattack"):
-            for norm, radii in settings.radii.items():
-                cells = {f"{eps:g}": columns.get(f"{attack}_{norm}_{eps:g}") for eps in sorted(radii)}
-                if not any(cell is None for cell in cells.values()):
-                    robust[f"{attack}_{norm}"] = {eps: 100 * float(cell.mean()) for eps, cell in cells.items()}
-        for quantity in STABILITY if settings.deltas else ():
-            stability[quantity] = {}
-            for delta in sorted(settings.deltas):
-                values = columns[f"stability_{quantity}_{delta:g}"].astype(np.float64)
-                kept = values[np.isfinite(values)]
-                mean, sd = (float(kept.mean()), float(kept.std())) if len(kept) else (np.nan, np.nan)
-                stability[quantity][f"{delta:g}"] = {"mean": mean, "sd": sd, "left_out": len(values) - len(kept)}
-        return {
-            "model": self.model,
-            "split": self.split,
-            "examples": len(self),
-            "accuracy": 100 * float(np.mean(columns["predicted"] == columns["label"])),
-            "robust_accuracy": robust,
-            "stability": stability,
-        }
+    robust: dict = {}
+    stability: dict = {}
+    for attack in ATTACKS:
+        for column in results.filter(regex=f"^{attack}_"):
+            name, eps = column.rsplit("_", 1)
+            robust.setdefault(name, {})[eps] = 100 * float(results[column].mean())
+    for column in results.filter(regex="^stability_"):
+        _, quantity, delta = column.split("_")
+        kept = results[column][np.isfinite(results[column])]
+        cell = {"mean": kept.mean(), "sd": kept.std(ddof=0), "left_out": len(results) - len(kept)}
+        stability.setdefault(quantity, {})[delta] = cell
+    return {
+        "model": results["model"].iloc[0],
+        "split": results["split"].iloc[0],
+        "examples": len(results),
+        "accuracy": 100 * float((results["predicted"] == results["label"]).mean()),
+        "robust_accuracy": robust,
+        "stability": stability,
+    }
 
 
 def format_summary(summary: dict) -> str:
@@ -238,14 +204,6 @@ def format_summary(summary: dict) -> str:
         if left_out := max(value["left_out"] for value in changes.values()):
             lines.append(f"    left out of these: {left_out} whose gradient is zero or not finite")
     return "\n".join(lines)
-
-
-def write_robustness(path: Path, tables: Sequence[Robustness], settings: RobustnessSettings, flags: dict) -> None:
-    """One row per model, split and example to path, a CSV; summaries and flags to the .json of the same name."""
-    write_csv(path, [row for table in tables for row in table.rows()])
-    content = {"settings": flags, "models": [table.summary(settings) for table in tables]}
-    text = json.dumps(strict_json(content), indent=1, allow_nan=False)
-    write_atomically(path.with_suffix(".json"), text.encode())
 
 
 ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # name in a summary -> in the picture, its line

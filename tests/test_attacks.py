@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvature.estimate import measurable
+from curvature.estimate import prepared
 from data.batches import Batch
 from models.layers import LCNN
 from models.resnet import ResNet
@@ -78,7 +78,7 @@ def test_pgd_finds_the_exact_worst_case_of_a_linear_model(norm, images_touch_the
     found = adversarial_images(model, images, labels, attack, generators(n))
     assert torch.allclose(F.cross_entropy(model(found), labels, reduction="none"), expected, rtol=1e-9)
 
-    with measurable(model) as network:
+    with prepared(model) as network:
         found, fooled = strongest(network, images, labels, attack, 1, generators(n))
     assert torch.equal(fooled, margin(worst) < 0)  # exactly those that can be
     assert 0 < fooled.sum() < n
@@ -94,7 +94,7 @@ def test_attacks_stay_in_the_ball_and_in_the_box(norm, eps, step_size):
     labels = model.eval()(images).argmax(dim=1)
     before = images.clone()
     attack = PGD(norm, eps, 3, step_size)
-    with measurable(model) as network:
+    with prepared(model) as network:
         points = [strongest(network, images, labels, attack, 2, generators(5))[0]]
     points += [adversarial_images(model, images, labels, attack), attack.random_start(images, None)]
     for found in points:
@@ -109,7 +109,7 @@ def test_attacks_stay_in_the_ball_and_in_the_box(norm, eps, step_size):
 def test_what_is_called_fooled_is_misclassified_and_loss_only_grows():
     model = linear(4)
     images, labels = batch(40, 4)
-    with measurable(model) as network, torch.no_grad():
+    with prepared(model) as network, torch.no_grad():
         found, fooled = strongest(network, images, labels, PGD("l2", 0.1, 5), 3, generators(40))
         assert torch.equal(network(found).argmax(dim=1) != labels, fooled)
         before, after = (F.cross_entropy(network(x), labels, reduction="none") for x in (images, found))
@@ -137,7 +137,7 @@ def test_restarts_find_what_one_start_does_not():
             return torch.stack([torch.full_like(z, 1.5), wrong], dim=1)
 
     images, labels = torch.full((20, 1, 1, 1), 0.4, dtype=torch.float64), torch.zeros(20, dtype=torch.int64)
-    with measurable(TwoHills()) as network:
+    with prepared(TwoHills()) as network:
         fooled = [
             strongest(network, images, labels, PGD("linf", 0.5, 10, 0.05), n, generators(20))[1].sum().item()
             for n in (1, 10)
@@ -216,7 +216,7 @@ def test_autoattack_finds_exactly_those_of_a_linear_model_that_can_be_fooled(nor
     assert eps < 0.3  # the box plays no part
 
     state = torch.get_rng_state()
-    with measurable(model) as network, torch.no_grad():
+    with prepared(model) as network, torch.no_grad():
         found = auto_attack(network, images, labels, norm, eps, seed=0)
         assert torch.equal(network(found).argmax(dim=1) != labels, distance < eps)
     assert torch.equal(torch.get_rng_state(), state)  # it seeds its own

@@ -13,7 +13,7 @@ from curvature.derivatives import (
     cross_entropy_hessian_product,
     input_hessian,
 )
-from curvature.estimate import measurable
+from curvature.estimate import prepared
 from curvature.folding import fold
 from models.layers import STANDARD, CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
@@ -54,7 +54,7 @@ def test_a_folded_network_is_the_network(arch):
     x, y = examples(5)
     with torch.no_grad():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
-    with measurable(model, use_folding=False) as plain:
+    with prepared(model, use_folding=False) as plain:
         slow, fast = DoubleBackwardHessian(plain, x, y), FoldedHessian(folded, x, y)
         assert isinstance(input_hessian(folded, x, y), FoldedHessian)
         assert isinstance(input_hessian(plain, x, y), DoubleBackwardHessian)
@@ -75,7 +75,7 @@ def test_strides_that_do_not_divide_the_image():
     """15 x 15 images: behind the stride 2 a kernel reads the last row, at 16 x 16 it does not."""
     model = lively("resnet18lcnn", input_size=15)
     x, y = examples(2, size=15)
-    with measurable(model, use_folding=False) as plain:
+    with prepared(model, use_folding=False) as plain:
         slow, fast = DoubleBackwardHessian(plain, x, y), FoldedHessian(fold(model), x, y)
     v = torch.randn_like(x)
     torch.testing.assert_close(fast.gradient, slow.gradient, rtol=1e-8, atol=1e-12)
@@ -87,7 +87,7 @@ def test_the_products_are_the_dense_hessian():
     model = lively("vgg11lcnn")
     x, y = examples(1)
     directions = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))[:20]
-    with measurable(model, use_folding=False) as plain:
+    with prepared(model, use_folding=False) as plain:
 
         def gradient_along(t):  # of the loss at x + t, t in the span of the directions
             moved = x.flatten(1).index_add(1, directions, t[None]).view_as(x)
@@ -104,7 +104,7 @@ def test_the_products_are_the_dense_hessian():
 def test_folding_leaves_the_network_alone_and_knows_its_limits():
     model = lively("resnet18lcnn").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with measurable(model) as network:
+    with prepared(model) as network:
         assert not isinstance(network, nn.Module)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())

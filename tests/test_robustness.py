@@ -14,7 +14,7 @@ from conftest import assert_one_line_error, run_main, run_script
 from torch import nn
 
 import train_models
-from curvature.estimate import measurable
+from curvature.estimate import prepared
 from experiments import evaluate_robustness
 from experiments.robustness import RobustnessSettings, examine, gradient_stability, input_gradient_of, withstood
 from models.layers import LCNN
@@ -74,7 +74,7 @@ def test_stability_of_the_loss_is_that_of_its_gradient():
         return (error @ model[1].weight).detach().view_as(x)
 
     generators = [[torch.Generator().manual_seed(i) for i in range(5)] for _ in range(2)]
-    with measurable(model) as network:
+    with prepared(model) as network:
         found = gradient_stability(input_gradient_of("loss", network, labels), images, [0.3], 4, generators[0])
         logit = gradient_stability(input_gradient_of("logit", network, labels), images, [0.3], 4)
     assert torch.allclose(found, gradient_stability(by_hand, images, [0.3], 4, generators[1]), rtol=1e-9)
@@ -90,7 +90,7 @@ def test_a_folded_network_gives_the_same_columns():
     settings = RobustnessSettings({"l2": (0.5, 4.0), "linf": (0.2,)}, 3, None, 2, deltas=(0.1, 0.5), draws=2)
 
     def columns(use_folding: bool):
-        with measurable(model, use_folding) as network:
+        with prepared(model, use_folding) as network:
             return examine(network, images, labels, settings, [torch.Generator().manual_seed(i) for i in range(6)])
 
     folded, plain = columns(True), columns(False)
@@ -104,7 +104,7 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 20), nn.Softplus(), nn.Linear(20, 4)).double()
     images, labels = images_of(60), torch.randint(0, 4, (60,))
-    with measurable(model) as network, torch.no_grad():
+    with prepared(model) as network, torch.no_grad():
         labels[:40] = network(images[:40]).argmax(dim=1)
         asked = []
 
@@ -149,7 +149,7 @@ def test_a_model_that_works_in_place_gives_what_it_gives_out_of_place():
     for in_place in (False, True):
         torch.manual_seed(0)
         model, batch = Normalized(in_place).double(), images.clone()
-        with measurable(model) as network:
+        with prepared(model) as network:
             found.append(
                 examine(network, batch, labels, settings, [torch.Generator().manual_seed(i) for i in range(12)])
             )

@@ -134,7 +134,7 @@ def strongest(
     """The worst points that some climbs of PGD pass, each from another random start.
 
     Args:
-        network: frozen and in eval mode, see ``curvature.estimate.measurable``.
+        network: frozen and in eval mode, see ``curvature.estimate.prepared``.
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
         restarts: how many climbs.
