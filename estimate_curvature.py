@@ -23,17 +23,9 @@ from curvature.eigenvalues import methods
 from curvature.estimate import estimate_curvature as estimate_curvature
 from curvature.estimate import prepared
 from curvature.pictures import plot_layers, plot_results
-from curvature.results import (
-    averaged,
-    comparison_table,
-    for_examples,
-    format_summary,
-    named,
-    read_results,
-    write_results,
-)
-from curvature.subjects import Subject, add_subject_flags, check_subject_flags, chosen_splits, load_subjects
-from models.bound import format_layers, layer_table
+from curvature.results import averaged, comparison_table, format_summary, named, read_results, write_results
+from curvature.subjects import Subject, add_subject_flags, check_subject_flags, for_examples, load_subjects
+from models.bound import LayerTable, format_layers, layer_table
 from utils import cli, distributed
 from utils.errors import UsageError
 from utils.files import make_room
@@ -70,12 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distributions over examples")
     output.add_argument(
-        "--compare",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="earlier --output files to set beside",
+        "--compare", type=Path, nargs="+", default=[], metavar="FILE", help="earlier --output files to set beside"
     )
     output.add_argument(
         "--layers",
@@ -85,69 +72,59 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.png",
         help="low-curvature networks layer by layer, with the curvature bound; with a file also a picture",
     )
-
     cli.add_shared_flags(parser)
     return parser
 
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError on flags that do not go together."""
-    measures = flags.model_filename or flags.model_arch or not flags.compare
-    if measures:
+    if flags.model_filename or flags.model_arch or not flags.compare:
         check_subject_flags(flags)
+    elif flags.output or flags.layers:
+        raise UsageError("--output and --layers need a model to measure: give --model-filename")
     if flags.method == "power" and flags.top_k > 1:
         raise UsageError("--top-k needs --method lanczos; the power method finds one eigenvalue")
     if flags.top_k > flags.num_power_iter:
         raise UsageError(f"--top-k {flags.top_k} needs at least as many products: raise --num-power-iter")
     if flags.output and flags.output.suffix not in (".csv", ".json"):
         raise UsageError(f"--output {flags.output} must end in .csv or .json")
-    outputs = output_files(flags)
-    for path in outputs[bool(flags.output) :]:
+    for path in output_files(flags)[bool(flags.output) :]:
         if path.suffix != ".png":
             raise UsageError(f"{path}: pictures are PNG, name a file that ends in .png")
-    files = [path.resolve() for path in outputs + flags.compare]
+    files = [path.resolve() for path in output_files(flags) + flags.compare]
     if len(set(files)) < len(files):
         raise UsageError("--output, --plot, --layers and --compare name the same file twice; each needs its own")
-    if not measures and (flags.output or flags.layers):
-        raise UsageError("--output and --layers need a model to measure: give --model-filename")
 
 
 def output_files(flags: argparse.Namespace) -> list[Path]:
     """The files the flags ask for, the results first."""
-    layers = flags.layers if isinstance(flags.layers, Path) else None
-    return [path for path in (flags.output, flags.plot, layers) if path]
+    return [path for path in (flags.output, flags.plot, flags.layers) if isinstance(path, Path)]
 
 
 def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[pd.DataFrame]:
-    """The results of one model on a subset of its data set's splits, the same for every model; a table for each."""
-
-    def columns(images, labels, generators):
-        return estimate_curvature(
-            model,
-            images,
-            labels,
-            flags.method,
-            flags.num_power_iter,
-            flags.tol,
-            generators,
-            top_k=flags.top_k,
-            trace_probes=flags.trace_probes,
-            use_folding=flags.fold,
-        ).columns()
-
+    """The results of a model, split by split."""
     print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
-    with prepared(subject.model, flags.fold) as model:
-        for name, split, indices in chosen_splits(subject, flags):
-            description = f"{subject.name} {name}"
-            results = for_examples(
-                split, indices, flags.batch_size, subject.dtype, flags.prng_seed, description, columns
+    with prepared(subject.model, flags.fold) as network:
+
+        def columns(images, labels, generators):
+            found = estimate_curvature(
+                network,
+                images,
+                labels,
+                flags.method,
+                flags.num_power_iter,
+                flags.tol,
+                generators,
+                top_k=flags.top_k,
+                trace_probes=flags.trace_probes,
+                use_folding=flags.fold,
             )
-            results.insert(0, "model", subject.name)
-            results.insert(1, "split", name)
-            yield results
+            return found.columns()
+
+        yield from for_examples(subject, flags, columns)
 
 
-def report_layers(subject: Subject, results: pd.DataFrame):
+def report_layers(subject: Subject, results: pd.DataFrame) -> LayerTable | None:
     """Print a low-curvature network layer by layer, with the largest curvature measured; its table, if it has one."""
     try:
         table = layer_table(subject.model)
@@ -163,17 +140,16 @@ def estimate(flags: argparse.Namespace) -> None:
     """Do what the flags say: measure, print, write and draw."""
     check_flags(flags)
     earlier = [read_results(path).assign(source=str(path)) for path in flags.compare]
-    settings = {**vars(flags), "torch": torch.__version__}
-    first = distributed.rank() == 0
-    measured: list[pd.DataFrame] = []
-    tables = []
-    torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     subjects = load_subjects(flags) if flags.model_filename or flags.model_arch else []
     for subject in subjects:
         if flags.top_k > (pixels := subject.data.test.images[0].numel()):
             raise UsageError(f"--top-k {flags.top_k}: the Hessian of {pixels} pixel values has no more eigenvalues")
     for path in output_files(flags):
         make_room(path)
+
+    settings = {**vars(flags), "torch": torch.__version__}
+    first = distributed.rank() == 0
+    measured, layers = [], []
     for subject in subjects:
         of_subject = []
         for results in measure(subject, flags):
@@ -183,18 +159,19 @@ def estimate(flags: argparse.Namespace) -> None:
                 write_results(flags.output, pd.concat(measured + of_subject), settings)
         measured += of_subject
         if flags.layers and (table := report_layers(subject, pd.concat(of_subject))):
-            tables.append((Path(subject.name).stem, table))
-    together = pd.concat([*earlier, *(results.assign(source="") for results in measured)], ignore_index=True)
+            layers.append((Path(subject.name).stem, table))
+
+    together = pd.concat([*earlier, *(results.assign(source="") for results in measured)])
     if earlier or len(subjects) > 1:
         print(comparison_table(together))
     if not first:
         return
     if flags.plot:
         plot_results(flags.plot, named(together))
-    if isinstance(flags.layers, Path) and tables:
-        plot_layers(flags.layers, tables)
+    if isinstance(flags.layers, Path) and layers:
+        plot_layers(flags.layers, layers)
     for path in output_files(flags):
-        if path != flags.layers or tables:
+        if path != flags.layers or layers:
             print(f"saved {path}")
 
 

@@ -1,66 +1,28 @@
-"""Results of measurements: DataFrames with one row an example, their summary as text, and files that can be read back.
+"""Results of measurements: DataFrames with a row an example, their summary as text, and files that can be read back.
 
-The columns are model (the checkpoint's path, or the callable that made the model), split (train or test) and those of
-``COLUMNS``; with --top-k and --trace-probes also eigenvalue_2, ..., trace and trace_error.
+The columns are ``COLUMNS``; with --top-k and --trace-probes also eigenvalue_2, ..., trace and trace_error.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from data.batches import Split, epoch_seed, to_pixels
-from utils.distributed import gather_shares, own_share
 from utils.errors import UserError, one_line
 from utils.files import write_atomically
-from utils.progress import progress
 
 QUANTITIES = {
     "gradient_norm": "gradient norm ||grad l||",
     "hessian_norm": "Hessian norm ||hess l||",
     "curvature": "normalized curvature C",
 }
-COLUMNS = ["index", "label", "predicted", "loss", *QUANTITIES, "eigenvalue", "residual", "products", "converged"]
-INTEGERS = ("index", "label", "predicted", "products")
+# model is the checkpoint's path, or the callable that made the network; split is train or test
+COLUMNS = {"model": "str", "split": "str", **dict.fromkeys(("index", "label", "predicted"), "int64")}
+COLUMNS |= dict.fromkeys(("loss", *QUANTITIES, "eigenvalue", "residual"), "float64")
+COLUMNS |= {"products": "int64", "converged": "bool"}
 LEFT_OUT = ("not finite", "zero gradient", "zero Hessian")
 INDICES_SHOWN = 5
-
-
-def for_examples(
-    split: Split,
-    indices: Tensor,
-    batch_size: int,
-    dtype: torch.dtype,
-    seed: int,
-    description: str,
-    measure: Callable[[Tensor, Tensor, list[torch.Generator]], dict[str, Tensor]],
-) -> pd.DataFrame:
-    """Measure some examples of a split, batch by batch; every process does its share of the batches.
-
-    Args:
-        indices: (n,) the examples' positions in the split.
-        dtype: of the pixels that ``measure`` is given.
-        description: stands beside the progress.
-        measure: images (N, ...), labels (N,) and N generators -> named columns (N,). Only the seed and the example's
-            position decide a generator: no result depends on the batch, the order or the process.
-
-    Returns:
-        On every process, n rows in the order of ``indices``: index, label and the columns, numbers in float64.
-    """
-    parts = own_share(list(indices.split(batch_size)))
-    tables = []
-    for part in progress(parts, description, sum(map(len, parts)), "examples", size=len):
-        batch = split[part.to(split.images.device)]
-        generators = [torch.Generator().manual_seed(epoch_seed(seed, index)) for index in part.tolist()]
-        columns = {"index": part, "label": batch.labels}
-        columns |= measure(to_pixels(batch.images, dtype), batch.labels, generators)
-        tables.append(pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}))
-    results = pd.concat(gather_shares(tables), ignore_index=True)
-    return results.astype(dict.fromkeys(results.select_dtypes("floating"), "float64"))
 
 
 def left_out(results: pd.DataFrame) -> pd.Series:
@@ -79,7 +41,8 @@ def averaged(results: pd.DataFrame) -> pd.Series:
 
 
 def distribution(values: pd.Series) -> dict[str, float]:
-    """Mean, standard deviation, median, 5 % and 95 % quantiles; NaN where there are no values."""
+    """Mean, standard deviation, median, 5 % and 95 % quantiles of the finite values; NaN where there are none."""
+    values = values[np.isfinite(values)]
     low, median, high = values.quantile([0.05, 0.5, 0.95])
     return {"mean": values.mean(), "sd": values.std(ddof=0), "median": median, "q05": low, "q95": high}
 
@@ -88,38 +51,39 @@ def summarize(results: pd.DataFrame) -> dict:
     """Examples, distributions and convergence of the rows of one model and split, in plain numbers."""
     reasons = left_out(results)
     kept = results[reasons == ""]
-    summary: dict = {"examples": len(results), "averaged": len(kept)}
-    summary["left_out"] = {reason: int((reasons == reason).sum()) for reason in LEFT_OUT}
-    for name in [*QUANTITIES, *results.filter(regex="^(eigenvalue_|trace)")]:
-        summary[name] = distribution(kept[name][np.isfinite(kept[name])])
-    summary["accuracy"] = 100 * float((results["predicted"] == results["label"]).mean())
-    summary["worst_residual"] = max(kept["residual"], default=0.0)
-    summary["converged"] = int(kept["converged"].sum())
-    summary["products"] = int(results["products"].sum())
-    return summary
+    measured = [*QUANTITIES, *results.filter(regex="^(eigenvalue_|trace)")]
+    return {
+        "examples": len(results),
+        "averaged": len(kept),
+        "left_out": {reason: int((reasons == reason).sum()) for reason in LEFT_OUT},
+        **{name: distribution(kept[name]) for name in measured},
+        "accuracy": 100 * float((results["predicted"] == results["label"]).mean()),
+        "worst_residual": max(kept["residual"], default=0.0),
+        "converged": int(kept["converged"].sum()),
+        "products": int(results["products"].sum()),
+    }
 
 
 def format_summary(results: pd.DataFrame) -> str:
     """The summary of the rows of one model and split for the screen."""
     summary = summarize(results)
-    count, num_averaged, converged = summary["examples"], summary["averaged"], summary["converged"]
+    count, kept, converged = summary["examples"], summary["averaged"], summary["converged"]
     lines = [f"  {results['split'].iloc[0]}, {count} examples, accuracy {summary['accuracy']:.2f} %"]
     lines.append(f"    {'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %")
     titles = QUANTITIES | {"trace_error": "  its standard error"}
     for name, d in summary.items():
         if isinstance(d, dict) and "mean" in d:
-            spread = f"{d['mean']:.5g} +/- {d['sd']:.3g}"
-            title = titles.get(name, name.replace("_", " "))
+            title, spread = titles.get(name, name.replace("_", " ")), f"{d['mean']:.5g} +/- {d['sd']:.3g}"
             lines.append(f"    {title:<26} {spread:<26} {d['median']:<13.5g}{d['q05']:<11.4g} {d['q95']:.4g}")
     lines.append(
-        f"    {converged} of {num_averaged} converged; worst relative residual {summary['worst_residual']:.2g}; "
+        f"    {converged} of {kept} converged; worst relative residual {summary['worst_residual']:.2g}; "
         f"{summary['products']} Hessian-vector products, {summary['products'] / count:.3g} an example"
     )
-    if not num_averaged:
+    if not kept:
         lines.append(
             "    nothing is left to average; where a loss has underflowed, weights saved in float64 can tell more"
         )
-    if converged < num_averaged:
+    if converged < kept:
         lines.append("    the others' Hessian norms are lower bounds; a larger --num-power-iter brings them closer")
     for reason, number in summary["left_out"].items():
         if number:
@@ -130,46 +94,31 @@ def format_summary(results: pd.DataFrame) -> str:
 
 
 def named(results: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each model and split, with a short name for the model: its file's, longer where others share it.
+    """The rows of each model and split, with a short name for the model: its file's, longer where that is another's.
 
     A column "source" tells models of one name apart: the result file a row was read from, or "".
     """
-    groups = list(results.assign(source=results.get("source", "")).groupby(["source", "model", "split"], sort=False))
-    keys = [key for key, _ in groups]
-    for names in (
-        [Path(model).stem for _, model, _ in keys],
-        [model for _, model, _ in keys],
-        [Path(model).stem + (f" ({Path(source).name})" if source else "") for source, model, _ in keys],
-        [model + (f" ({source})" if source else "") for source, model, _ in keys],
-    ):
-        rows = {(name, split) for name, (_, _, split) in zip(names, keys, strict=True)}
-        models = {(name, model) for name, (_, model, _) in zip(names, keys, strict=True)}
-        if len(rows) == len(keys) and len(models) == len(set(names)):
-            break
-    return [(name, rows) for name, (_, rows) in zip(names, groups, strict=True)]
+    results = results.assign(source=results.get("source", ""))
+    models = results[["model", "source"]].drop_duplicates()
+    stems = models["model"].map(lambda model: Path(model).stem)
+    files = models["source"].map(lambda source: source and f" ({Path(source).name})")
+    paths = models["source"].map(lambda source: source and f" ({source})")
+    choices = [stems, models["model"], stems + files, models["model"] + paths]
+    models["name"] = next(names for names in choices if names.is_unique)
+    groups = results.merge(models).groupby(["source", "model", "name", "split"], sort=False)
+    return [(name, rows) for (_, _, name, _), rows in groups]
 
 
 def comparison_table(results: pd.DataFrame) -> str:
     """All models and splits side by side, a row for each: accuracy, means, and the median curvature."""
-    groups = named(results)
-    table = []
+    table, groups = [], named(results)
     for name, rows in groups:
         summary = summarize(rows)
-        gradient, hessian, curvature = (summary[quantity] for quantity in QUANTITIES)
-        table.append(
-            {
-                "model": name,
-                "split": rows["split"].iloc[0],
-                "examples": len(rows),
-                "accuracy": f"{summary['accuracy']:.2f} %",
-                "||grad l||": f"{gradient['mean']:.4g}",
-                "||hess l||": f"{hessian['mean']:.4g}",
-                "C": f"{curvature['mean']:.4g}",
-                "median C": f"{curvature['median']:.4g}",
-                "converged": f"{summary['converged'] / max(1, summary['averaged']):.0%}",
-            }
-        )
-    table = pd.DataFrame(table).set_index("model").rename_axis(index=None, columns="model")
+        numbers = [summary[quantity]["mean"] for quantity in QUANTITIES] + [summary["curvature"]["median"]]
+        cells = [rows["split"].iloc[0], len(rows), f"{summary['accuracy']:.2f} %", *(f"{x:.4g}" for x in numbers)]
+        table.append([name, *cells, f"{summary['converged'] / max(1, summary['averaged']):.0%}"])
+    heads = ["model", "split", "examples", "accuracy", "||grad l||", "||hess l||", "C", "median C", "converged"]
+    table = pd.DataFrame(table, columns=heads).set_index("model").rename_axis(index=None, columns="model")
     lines = [table.to_string(col_space=11)]
     for split in sorted(set(results["split"])):
         if len({tuple(rows["index"]) for _, rows in groups if rows["split"].iloc[0] == split}) > 1:
@@ -211,15 +160,10 @@ def read_results(path: Path) -> pd.DataFrame:
             parts = json.loads(path.read_text())["measurements"]
             results = pd.DataFrame([row for part in parts for row in part["examples"]])
         else:
-            results = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if missing := {"model", "split", *COLUMNS} - set(results):
-            raise ValueError(f"no {', '.join(sorted(missing))}")
+            results = pd.read_csv(path, dtype=COLUMNS, float_precision="round_trip")
         if results.empty:
             raise ValueError("no rows")
-        converged = results["converged"].astype(str).map({"True": 1, "False": 0})
-        types = dict.fromkeys(results, "float64") | dict.fromkeys([*INTEGERS, "converged"], "int64")
-        results = results.assign(converged=converged).astype(types | {"model": "str", "split": "str"})
-        return results.astype({"converged": "bool"})
+        return results.astype(dict.fromkeys(results, "float64") | COLUMNS)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a file that --output wrote") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

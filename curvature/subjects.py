@@ -1,20 +1,23 @@
-"""The models a script is to examine, each with its data, read, checked and on the device; and on which examples."""
+"""The models a script is to examine, each with its data, read and checked; and the loop over their examples."""
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from curvature.self_check import check_model
-from data.batches import Split, to_pixels
+from data.batches import epoch_seed, to_pixels
 from data.datasets import ImageData, datasets, load_dataset
 from models.checkpoint import build_model, read_checkpoint
 from models.model_selector import add_architecture_flags, check_architecture_flags, model_architecture
 from utils import cli
+from utils.distributed import gather_shares, own_share
 from utils.errors import UsageError, UserError
+from utils.progress import progress
 
 DEFAULT_DATASET = "cifar100"  # for the reference's checkpoints, which do not name theirs
 EXAMPLES_TO_CHECK = 4  # enough for the self-checks, which run before anything is measured
@@ -63,28 +66,15 @@ def check_subject_flags(flags: argparse.Namespace) -> None:
         raise UsageError("nothing to measure: give --model-filename, or --model-arch package.module:callable")
 
 
-def chosen_splits(subject: "Subject", flags: argparse.Namespace) -> Iterator[tuple[str, Split, Tensor]]:
-    """The name, the examples, and the (n,) positions of those to examine, of every split the flags ask for."""
-    for name, split in {"train": subject.data.train, "test": subject.data.test}.items():
-        if flags.split in (name, "both"):
-            count = flags.num_samples or max(1, round(flags.data_fraction * len(split)))
-            yield name, split, choose_examples(len(split), count, flags.prng_seed)
-
-
-def choose_examples(num_examples: int, count: int, seed: int) -> Tensor:
-    """At most ``count`` of the examples at random: positions, each at most once, increasing."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_examples, generator=generator)[:count].sort().values
-
-
 def load_subjects(flags: argparse.Namespace) -> list[Subject]:
     """Read every checkpoint and data set the flags name, so that no mistake turns up after hours of measuring.
 
     Raises:
         UserError: if a file is missing or damaged, the flags disagree with it, or a model fails the self-check.
     """
+    torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     load_data = functools.cache(load_dataset)  # several models share one
-    subjects = [load_subject(path, flags, load_data) for path in flags.model_filename or [None]]
+    subjects = [load_subject(path, flags, load_data) for path in dict.fromkeys(flags.model_filename or [None])]
     for subject in subjects:
         if subject.dtype.itemsize < 4:
             print(f"{subject.name}: weights of {subject.dtype} are measured in float32")
@@ -105,19 +95,18 @@ def load_subject(path: str | None, flags: argparse.Namespace, load_data: Callabl
     image_size = checkpoint.get("image_size", flags.image_size)
     if flags.image_size not in (None, image_size):
         raise UsageError(f"{path} is for images of {image_size} pixels; leave --image-size out")
+    dataset = chosen_dataset(checkpoint, name, flags.dataset)
     data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
-    data_set = chosen_dataset(checkpoint, name, flags.dataset)
-    data = load_data(data_set, data_dir, image_size, flags.download).to(flags.device)
+    data = load_data(dataset, data_dir, image_size, flags.download).to(flags.device)
     num_classes = len(data.class_names)
     model = build_model(checkpoint, name, flags.model_arch, num_classes, data.test.images.shape[-1])
     if checkpoint.get("num_classes", num_classes) != num_classes:
         raise UsageError(
-            f"{path} tells {checkpoint['num_classes']} classes apart, but {data_set} has {num_classes}; "
+            f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {num_classes}; "
             "give the --dataset (and --data-dir) it was trained on"
         )
-    return Subject(
-        name, arch if path else "its weights as the callable made them,", model.to(flags.device), data_set, data
-    )
+    arch = arch if path else "its weights as the callable made them,"
+    return Subject(name, arch, model.to(flags.device), dataset, data)
 
 
 def chosen_dataset(checkpoint: dict, name: str, wanted: str | None) -> str:
@@ -135,3 +124,43 @@ def chosen_dataset(checkpoint: dict, name: str, wanted: str | None) -> str:
     if chosen not in datasets:
         raise UserError(f"{name}: unknown data set {chosen!r}; there are {', '.join(datasets)}")
     return chosen
+
+
+def choose_examples(num_examples: int, count: int, seed: int) -> Tensor:
+    """At most ``count`` of the examples at random: positions, each at most once, increasing."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_examples, generator=generator)[:count].sort().values
+
+
+def for_examples(
+    subject: Subject,
+    flags: argparse.Namespace,
+    measure: Callable[[Tensor, Tensor, list[torch.Generator]], dict[str, Tensor]],
+) -> Iterator[pd.DataFrame]:
+    """Measure the examples the flags ask for, batch by batch; every process does its share of the batches.
+
+    Args:
+        subject: whose data are measured.
+        flags: those of ``add_subject_flags``, batch_size and prng_seed.
+        measure: pixels (N, 3, H, H) in the model's dtype, labels (N,) and N generators -> named columns (N,). Only the
+            seed and an example's position decide its generator, so no result depends on the batch or the process.
+
+    Yields:
+        For each split, on every process, a row an example: model, split, index, label and the columns; numbers are
+        float64.
+    """
+    for name, split in {"train": subject.data.train, "test": subject.data.test}.items():
+        if flags.split not in (name, "both"):
+            continue
+        count = flags.num_samples or max(1, round(flags.data_fraction * len(split)))
+        parts = own_share(list(choose_examples(len(split), count, flags.prng_seed).split(flags.batch_size)))
+        tables = []
+        for part in progress(parts, f"{subject.name} {name}", sum(map(len, parts)), "examples", size=len):
+            batch = split[part.to(split.images.device)]
+            generators = [torch.Generator().manual_seed(epoch_seed(flags.prng_seed, i)) for i in part.tolist()]
+            columns = {"index": part, "label": batch.labels}
+            columns |= measure(to_pixels(batch.images, subject.dtype), batch.labels, generators)
+            columns = {key: column.cpu().numpy() for key, column in columns.items()}
+            tables.append(pd.DataFrame({"model": subject.name, "split": name, **columns}))
+        results = pd.concat(gather_shares(tables), ignore_index=True)
+        yield results.astype(dict.fromkeys(results.select_dtypes("floating"), "float64"))

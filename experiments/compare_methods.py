@@ -21,8 +21,8 @@ import estimate_curvature
 import train_models
 from data.datasets import load_dataset
 from experiments import evaluate_robustness, two_moons
+from experiments.robustness import import_auto_attack
 from experiments.tables import Run, draw_figures, write_tables
-from training.attacks import import_auto_attack
 from training.run_files import MACHINE_FLAGS
 from utils import cli
 from utils.errors import UsageError, UserError

@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 
 from curvature.estimate import prepared
-from curvature.results import for_examples, named, write_json, write_rows
-from curvature.subjects import add_subject_flags, check_subject_flags, chosen_splits, load_subjects
-from experiments.robustness import RobustnessSettings, examine, format_summary, plot_robustness, summarize
-from training.attacks import NORMS, import_auto_attack
+from curvature.results import named, write_json, write_rows
+from curvature.subjects import add_subject_flags, check_subject_flags, for_examples, load_subjects
+from experiments.robustness import examine, format_summary, import_auto_attack, plot_robustness, summarize
+from training.attacks import NORMS
 from utils import cli, distributed
 from utils.errors import UsageError
 from utils.files import make_room
@@ -87,32 +87,10 @@ def check_flags(flags: argparse.Namespace) -> None:
         import_auto_attack()
 
 
-def distinct(distances: Sequence[float]) -> tuple[float, ...]:
-    """In increasing order, one of each that have the same name in the results."""
-    return tuple(sorted({f"{distance:g}": distance for distance in distances}.values()))
-
-
-def settings_from(flags: argparse.Namespace) -> RobustnessSettings:
-    """What the flags say is to be tried."""
-    radii = {"l2": flags.eps_l2, "linf": flags.eps_linf}
-    return RobustnessSettings(
-        radii={norm: distinct(radii[norm]) for norm in NORMS if norm in flags.norms},
-        pgd_steps=flags.pgd_steps,
-        pgd_step_size=flags.pgd_step_size,
-        restarts=flags.restarts,
-        autoattack=flags.autoattack,
-        deltas=distinct(flags.deltas),
-        draws=flags.draws,
-        seed=flags.prng_seed,
-    )
-
-
 def evaluate(flags: argparse.Namespace) -> None:
     """Do what the flags say: examine, print, write and draw."""
     check_flags(flags)
-    settings = settings_from(flags)
     first = distributed.rank() == 0
-    torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
     subjects = load_subjects(flags)
     files = [flags.output, flags.output.with_suffix(".json")] if flags.output else []
     files += [flags.plot] if flags.plot else []
@@ -122,21 +100,13 @@ def evaluate(flags: argparse.Namespace) -> None:
     for subject in subjects:
         print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
         with prepared(subject.model) as network:
-            measure = partial(examine, network, settings=settings)
-            for name, split, indices in chosen_splits(subject, flags):
-                description = f"{subject.name} {name}"
-                results = for_examples(
-                    split, indices, flags.batch_size, subject.dtype, flags.prng_seed, description, measure
-                )
-                results.insert(0, "model", subject.name)
-                results.insert(1, "split", name)
+            for results in for_examples(subject, flags, partial(examine, network, flags)):
                 tables.append(results)
                 print(format_summary(summarize(results)), flush=True)
                 if flags.output and first:  # after each split: whatever happens later, this much is there
                     write_rows(flags.output, pd.concat(tables))
-                    models = [summarize(table) for table in tables]
-                    content = {"settings": {**vars(flags), "torch": torch.__version__}, "models": models}
-                    write_json(flags.output.with_suffix(".json"), content)
+                    settings = {**vars(flags), "torch": torch.__version__}
+                    write_json(files[1], {"settings": settings, "models": list(map(summarize, tables))})
     if not flags.autoattack:
         print("PGD alone can overstate robustness; --autoattack tries harder")
     if flags.plot and first:

@@ -4,8 +4,9 @@ Gradient stability of a function f at x (paper, section 5): ||grad f(x + delta) 
 delta of a given l2 norm, f being the example's loss or the logit of its true class.
 """
 
+import argparse
+import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,25 +18,14 @@ from torch import Tensor, nn
 
 from curvature.derivatives import cross_entropy, input_vector_jacobian_product
 from curvature.folding import FoldedNetwork
-from training.attacks import PGD, auto_attack, loss_gradient, strongest
+from training.attacks import PGD, loss_gradient, project
+from utils.errors import UserError
 from utils.numerics import Generators, draw_normal, normalize, norms
 from utils.plots import new_figure, save_figure
 
+Network = nn.Module | FoldedNetwork  # frozen and in eval mode, see curvature.estimate.prepared
 STABILITY = {"loss": "loss", "logit": "true-class logit"}  # f in the names of columns, and in words
-
-
-@dataclass(frozen=True)
-class RobustnessSettings:
-    """What is tried on every example. Distances are in units of pixels in [0, 1]."""
-
-    radii: dict[str, tuple[float, ...]]  # "l2" or "linf" -> the eps to attack with
-    pgd_steps: int = 20
-    pgd_step_size: float | None = None  # None: see training.attacks.PGD
-    restarts: int = 3
-    autoattack: bool = False
-    deltas: tuple[float, ...] = ()  # l2 norms of the random changes for gradient stability
-    draws: int = 5  # how many of them an example
-    seed: int = 0
+ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # in the names of columns; in words, its line
 
 
 @torch.no_grad()
@@ -68,7 +58,7 @@ def gradient_stability(
     return torch.where(norms(here) > 0, changes / norms(here), torch.nan)
 
 
-def input_gradient_of(quantity: str, network: nn.Module | FoldedNetwork, labels: Tensor) -> Callable[[Tensor], Tensor]:
+def input_gradient_of(quantity: str, network: Network, labels: Tensor) -> Callable[[Tensor], Tensor]:
     """x (N, ...) -> (N, ...): the input gradient of each example's "loss", or of the "logit" of its true class."""
     if quantity == "loss":
         return lambda x: loss_gradient(network, x, labels)[1]
@@ -80,34 +70,121 @@ def input_gradient_of(quantity: str, network: nn.Module | FoldedNetwork, labels:
 
 
 @torch.no_grad()
-def withstood(
-    network: nn.Module | FoldedNetwork,
-    labels: Tensor,
-    correct: Tensor,
-    radii: Sequence[float],
-    attack: Callable[[Tensor, float], Tensor],
-    standing: dict[float, Tensor] | None = None,
-) -> dict[float, Tensor]:
-    """Which examples are classified correctly as they are and wherever an attack led them.
-
-    A ball holds every smaller one: who is fooled at one radius counts as fooled at all larger ones. So accuracy never
-    rises with the radius, and never above that of the images themselves.
+def strongest(
+    network: Network, images: Tensor, labels: Tensor, attack: PGD, restarts: int = 1, generator: Generators = None
+) -> Tensor:
+    """The worst points that some climbs of PGD pass, each from another random start.
 
     Args:
-        network: frozen and in eval mode.
+        images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
-        correct: (N,) mask of the examples classified correctly as they are.
-        radii: of the attacks.
-        attack: (k,) positions of the examples still standing, and a radius -> (k, ...) images in the balls around them.
-        standing: who withstood another attack at these radii; the others are not tried again.
+        restarts: how many climbs.
+        generator: what the random starts are drawn with.
 
     Returns:
-        radius -> (N,) mask, smallest radius first.
+        (N, ...): a point that is misclassified if one was seen (the image itself if it is), else the one of largest
+        loss.
     """
-    left = correct
+    worst = images.clone()
+    logits = network(images.clone())  # a clone, as the model may work in place
+    largest = cross_entropy(logits, labels)
+    rows = (logits.argmax(dim=1) == labels).nonzero()[:, 0]  # who is fooled needs no more
+    for _ in range(restarts):
+        if not len(rows):
+            break
+        generators = [generator[i] for i in rows.tolist()] if isinstance(generator, list) else generator
+        x = attack.random_start(images[rows], generators)
+        for step in range(attack.steps + 1):
+            logits, gradient = loss_gradient(network, x, labels[rows])
+            loss = cross_entropy(logits, labels[rows])
+            wrong = logits.argmax(dim=1) != labels[rows]
+            better = wrong | (loss > largest[rows])
+            worst[rows[better]], largest[rows[better]] = x[better], loss[better]
+            x, rows, gradient = x[~wrong], rows[~wrong], gradient[~wrong]
+            if step == attack.steps or not len(rows):
+                break
+            x = attack.step(x, images[rows], gradient)
+    return worst
+
+
+def import_auto_attack() -> Callable:
+    """The class AutoAttack (Croce & Hein, ICML 2020), silent.
+
+    Raises:
+        UserError: if no package that has it is installed.
+    """
+    # the authors' repository, which prints unless told not to; their package on PyPI, which does not
+    for package, silent in (("autoattack", {"verbose": False}), ("pyautoattack", {})):
+        try:
+            return partial(importlib.import_module(package).AutoAttack, **silent)
+        except ImportError:
+            continue
+    raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out")
+
+
+@torch.no_grad()
+def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Tensor:
+    """What AutoAttack's standard version finds: APGD on the cross-entropy and targeted, FAB targeted, Square.
+
+    With fewer than ten classes it has fewer targets; its targeted APGD needs four classes, and is left out below. It
+    draws its random numbers for the batch as a whole: what it finds for an image depends a little on the others. It
+    works in float32, whatever the network does.
+
+    Args:
+        images: (N, ...) pixels in [0, 1].
+        labels: (N,) class indices.
+        norm: "l2" or "linf".
+
+    Returns:
+        (N, ...) pixels in [0, 1], in the ball of radius eps; the images themselves where it found nothing.
+
+    Raises:
+        UserError: if AutoAttack is not installed.
+    """
+    make = import_auto_attack()
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds torch's generators
+        attack = make(
+            lambda x: network(x.to(images.dtype, copy=True)).float(),  # a copy, as the model may work in place
+            norm={"l2": "L2", "linf": "Linf"}[norm],
+            eps=eps,
+            seed=seed,
+            device=images.device,
+        )
+        num_classes = attack.model(images[:1]).shape[1]
+        targets = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+        if num_classes < 4:
+            attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
+        found = attack.run_standard_evaluation(images.float(), labels)
+    found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds what they are taken for
+    # its arithmetic may leave the ball by a rounding
+    return (images + project(found.to(images.dtype) - images, norm, eps)).clamp(0, 1)
+
+
+@torch.no_grad()
+def withstood(
+    network: Network,
+    labels: Tensor,
+    standing: dict[float, Tensor],
+    attack: Callable[[Tensor, float], Tensor],
+) -> dict[float, Tensor]:
+    """Which examples are classified correctly wherever an attack led them.
+
+    A ball holds every smaller one: who is fooled at one radius counts as fooled at all larger ones. So accuracy never
+    rises with the radius.
+
+    Args:
+        labels: (N,) class indices.
+        standing: radius, smallest first -> (N,) mask of the examples to be tried there.
+        attack: (k,) positions of the examples still standing, and a radius -> (k, ...) images in the balls around them.
+
+    Returns:
+        radius -> (N,) mask.
+    """
+    left = torch.ones_like(labels, dtype=torch.bool)
     found = {}
-    for radius in sorted(radii):
-        left = left & standing[radius] if standing else left.clone()
+    for radius, tried in standing.items():
+        left = left & tried
         rows = left.nonzero()[:, 0]
         if len(rows):
             left[rows] = network(attack(rows, radius)).argmax(dim=1) == labels[rows]
@@ -115,49 +192,49 @@ def withstood(
     return found
 
 
+def distinct(distances: Sequence[float]) -> list[float]:
+    """In increasing order, one of each that have the same name in the results."""
+    return sorted({f"{distance:g}": distance for distance in distances}.values())
+
+
 def examine(
-    network: nn.Module | FoldedNetwork,
-    images: Tensor,
-    labels: Tensor,
-    generators: list[torch.Generator],
-    settings: RobustnessSettings,
+    network: Network, flags: argparse.Namespace, images: Tensor, labels: Tensor, generators: list[torch.Generator]
 ) -> dict[str, Tensor]:
-    """Everything the settings ask for, at a batch of examples.
+    """Everything the flags of evaluate_robustness ask for, at a batch of examples.
 
     Args:
-        network: frozen and in eval mode, see ``curvature.estimate.prepared``.
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
         generators: one for each example, so that its results do not depend on the batch.
 
     Returns:
-        Columns (N,): predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for
-        those that withstand. AutoAttack is tried on what PGD left standing, and its columns tell of both.
+        Columns (N,): predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for those that
+        withstand. AutoAttack is tried on what PGD left standing, and its columns tell of both.
     """
     with torch.no_grad():
         logits = network(images.clone())  # a clone, as the model may work in place
-    correct = logits.argmax(dim=1) == labels
     columns = {"predicted": logits.argmax(dim=1), "loss": cross_entropy(logits, labels)}
-    for quantity in STABILITY if settings.deltas else ():
+    deltas = distinct(flags.deltas)
+    for quantity in STABILITY if deltas else ():
         gradient = input_gradient_of(quantity, network, labels)
-        stability = gradient_stability(gradient, images, settings.deltas, settings.draws, generators)
-        names = (f"stability_{quantity}_{delta:g}" for delta in settings.deltas)
-        columns |= dict(zip(names, stability, strict=True))
+        stability = gradient_stability(gradient, images, deltas, flags.draws, generators)
+        columns |= {f"stability_{quantity}_{delta:g}": row for delta, row in zip(deltas, stability, strict=True)}
 
     def pgd(norm: str, rows: Tensor, eps: float) -> Tensor:
-        attack = PGD(norm, eps, settings.pgd_steps, settings.pgd_step_size)
+        attack = PGD(norm, eps, flags.pgd_steps, flags.pgd_step_size)
         own = [generators[row] for row in rows.tolist()]
-        return strongest(network, images[rows], labels[rows], attack, settings.restarts, own)[0]
+        return strongest(network, images[rows], labels[rows], attack, flags.restarts, own)
 
     def auto(norm: str, rows: Tensor, eps: float) -> Tensor:
-        return auto_attack(network, images[rows], labels[rows], norm, eps, settings.seed)
+        return auto_attack(network, images[rows], labels[rows], norm, eps, flags.prng_seed)
 
-    for norm, radii in settings.radii.items():
-        standing = withstood(network, labels, correct, radii, partial(pgd, norm))
-        columns |= {f"pgd_{norm}_{eps:g}": mask for eps, mask in standing.items()}
-        if settings.autoattack:
-            standing = withstood(network, labels, correct, radii, partial(auto, norm), standing)
-            columns |= {f"autoattack_{norm}_{eps:g}": mask for eps, mask in standing.items()}
+    attacks = {"pgd": pgd} | ({"autoattack": auto} if flags.autoattack else {})
+    for norm, radii in {"l2": flags.eps_l2, "linf": flags.eps_linf}.items():
+        if norm in flags.norms:
+            standing = dict.fromkeys(distinct(radii), columns["predicted"] == labels)
+            for name, attack in attacks.items():
+                standing = withstood(network, labels, standing, partial(attack, norm))
+                columns |= {f"{name}_{norm}_{eps:g}": mask for eps, mask in standing.items()}
     return columns
 
 
@@ -169,8 +246,7 @@ def summarize(results: pd.DataFrame) -> dict:
     Args:
         results: the rows of one model and split, with the columns of ``examine``.
     """
-    robust: dict = {}
-    stability: dict = {}
+    robust, stability = {}, {}
     for attack in ATTACKS:
         for column in results.filter(regex=f"^{attack}_"):
             name, eps = column.rsplit("_", 1)
@@ -195,7 +271,7 @@ def format_summary(summary: dict) -> str:
     lines = [f"  {summary['split']}, {summary['examples']} examples, accuracy {summary['accuracy']:.2f} %"]
     for attack, accuracies in summary["robust_accuracy"].items():
         name, norm = attack.split("_")
-        title = f"{ {'pgd': 'PGD', 'autoattack': 'PGD and AutoAttack'}[name] }, {norm}: accuracy in %"
+        title = f"{'PGD and ' * (name != 'pgd')}{ATTACKS[name][0]}, {norm}: accuracy in %"
         lines.append(f"    {title:<44}" + "".join(f"  eps {eps}: {value:.2f}" for eps, value in accuracies.items()))
     for quantity, changes in summary["stability"].items():
         title = f"relative change of the {STABILITY[quantity]}'s gradient"
@@ -206,15 +282,12 @@ def format_summary(summary: dict) -> str:
     return "\n".join(lines)
 
 
-ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # name in a summary -> in the picture, its line
-
-
 def plot_robustness(path: Path, names: Sequence[str], summaries: Sequence[dict]) -> None:
     """Accuracy by eps, a panel for each norm, and the gradients' relative change by delta, a panel for each gradient.
 
     Args:
         names: for the legend, one for each summary.
-        summaries: as experiments.robustness makes them, all with the same settings.
+        summaries: as ``summarize`` makes them, all of the same columns.
     """
     norms = list(dict.fromkeys(attack.split("_")[1] for attack in summaries[0]["robust_accuracy"]))
     quantities = list(summaries[0]["stability"])

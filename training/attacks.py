@@ -1,22 +1,18 @@
-"""Attacks: the worst pixels within a small distance of an image, as far as gradients or AutoAttack find them.
+"""Adversarial training's attack: the worst pixels within a small distance of an image, as far as gradients find them.
 
 Projected gradient descent (PGD; Madry et al., ICLR 2018) climbs the cross-entropy inside the ball of radius eps around
-the image, in the l2 or the l-infinity norm, and inside [0, 1]. For AutoAttack (Croce & Hein, ICML 2020) its authors'
-package is called, where it is installed.
+the image, in the l2 or the l-infinity norm, and inside [0, 1].
 """
 
-import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from curvature.derivatives import cross_entropy, cross_entropy_gradient, input_vector_jacobian_product
+from curvature.derivatives import cross_entropy_gradient, input_vector_jacobian_product
 from curvature.folding import FoldedNetwork
 from data.batches import Batch
-from utils.errors import UserError
 from utils.numerics import Generators, draw_normal, frozen_in_eval, normalize, norms
 
 NORMS = ("l2", "linf")
@@ -120,110 +116,3 @@ def adversarial_batches(model: nn.Module, batches: Iterable[Batch], attack: PGD)
 def loss_gradient(network: nn.Module | FoldedNetwork, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(N, classes) logits at x (N, ...), and the (N, ...) gradient of each example's cross-entropy."""
     return input_vector_jacobian_product(network, x, lambda logits: cross_entropy_gradient(logits, labels))
-
-
-@torch.no_grad()
-def strongest(
-    network: nn.Module | FoldedNetwork,
-    images: Tensor,
-    labels: Tensor,
-    attack: PGD,
-    restarts: int = 1,
-    generator: Generators = None,
-) -> tuple[Tensor, Tensor]:
-    """The worst points that some climbs of PGD pass, each from another random start.
-
-    Args:
-        network: frozen and in eval mode, see ``curvature.estimate.prepared``.
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
-        restarts: how many climbs.
-        generator: what the random starts are drawn with.
-
-    Returns:
-        (N, ...): a point that is misclassified if one was seen (the image itself if it is), else the one of largest
-        loss; and the (N,) mask of those misclassified.
-    """
-    worst = images.clone()
-    logits = network(images.clone())  # a clone, as the model may work in place
-    fooled, largest = logits.argmax(dim=1) != labels, cross_entropy(logits, labels)
-    at_work = (~fooled).nonzero()[:, 0]
-    for _ in range(restarts):
-        if not len(at_work):
-            break
-        generators = [generator[i] for i in at_work.tolist()] if isinstance(generator, list) else generator
-        x = attack.random_start(images[at_work], generators)
-        rows = at_work
-        for step in range(attack.steps + 1):
-            logits, gradient = loss_gradient(network, x, labels[rows])
-            loss = cross_entropy(logits, labels[rows])
-            wrong = logits.argmax(dim=1) != labels[rows]
-            better = wrong | (loss > largest[rows])
-            worst[rows[better]], largest[rows[better]] = x[better], loss[better]
-            fooled[rows[wrong]] = True
-            # who is fooled needs no more
-            x, rows, gradient = x[~wrong], rows[~wrong], gradient[~wrong]
-            if step == attack.steps or not len(rows):
-                break
-            x = attack.step(x, images[rows], gradient)
-        at_work = rows
-    return worst, fooled
-
-
-def import_auto_attack() -> Callable:
-    """The class AutoAttack, silent.
-
-    Raises:
-        UserError: if no package that has it is installed.
-    """
-    # the authors' repository, which prints unless told not to; their package on PyPI, which does not
-    for package, silent in (("autoattack", {"verbose": False}), ("pyautoattack", {})):
-        try:
-            return partial(importlib.import_module(package).AutoAttack, **silent)
-        except ImportError:
-            continue
-    raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out")
-
-
-@torch.no_grad()
-def auto_attack(
-    network: nn.Module | FoldedNetwork, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int
-) -> Tensor:
-    """What AutoAttack's standard version finds: APGD on the cross-entropy and targeted, FAB targeted, Square.
-
-    With fewer than ten classes it has fewer targets; its targeted APGD needs four classes, and is left out below. It
-    draws its random numbers for the batch as a whole: what it finds for an image depends a little on the others. It
-    works in float32, whatever the network does.
-
-    Args:
-        network: frozen and in eval mode.
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
-        norm: "l2" or "linf".
-        eps: the radius.
-
-    Returns:
-        (N, ...) pixels in [0, 1], in the ball; the images themselves where it found nothing.
-
-    Raises:
-        UserError: if AutoAttack is not installed.
-    """
-    make = import_auto_attack()
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds torch's generators
-        attack = make(
-            lambda x: network(x.to(images.dtype, copy=True)).float(),  # a copy, as the model may work in place
-            norm={"l2": "L2", "linf": "Linf"}[norm],
-            eps=eps,
-            seed=seed,
-            device=images.device,
-        )
-        num_classes = attack.model(images[:1]).shape[1]
-        targets = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-        if num_classes < 4:
-            attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
-        found = attack.run_standard_evaluation(images.float(), labels)
-    found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds what they are taken for
-    found = found.to(images.dtype)
-    # its arithmetic may leave the ball by a rounding
-    return (images + project(found - images, norm, eps)).clamp(0, 1)
