@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from curvature.eigenvalues import methods
 from curvature.estimate import estimate_curvature as estimate_curvature
@@ -72,8 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.png",
         help="low-curvature networks layer by layer, with the curvature bound; with a file also a picture",
     )
+
     cli.add_shared_flags(parser)
     return parser
+
+
+def output_files(flags: argparse.Namespace) -> list[Path]:
+    """The files the flags ask for, the results first; --layers may name none."""
+    return [path for path in (flags.output, flags.plot, flags.layers) if isinstance(path, Path)]
 
 
 def check_flags(flags: argparse.Namespace) -> None:
@@ -86,40 +93,25 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UsageError("--top-k needs --method lanczos; the power method finds one eigenvalue")
     if flags.top_k > flags.num_power_iter:
         raise UsageError(f"--top-k {flags.top_k} needs at least as many products: raise --num-power-iter")
-    if flags.output and flags.output.suffix not in (".csv", ".json"):
-        raise UsageError(f"--output {flags.output} must end in .csv or .json")
-    for path in output_files(flags)[bool(flags.output) :]:
-        if path.suffix != ".png":
+    for path in output_files(flags):
+        if path == flags.output and path.suffix not in (".csv", ".json"):
+            raise UsageError(f"--output {path} must end in .csv or .json")
+        if path != flags.output and path.suffix != ".png":
             raise UsageError(f"{path}: pictures are PNG, name a file that ends in .png")
     files = [path.resolve() for path in output_files(flags) + flags.compare]
     if len(set(files)) < len(files):
         raise UsageError("--output, --plot, --layers and --compare name the same file twice; each needs its own")
 
 
-def output_files(flags: argparse.Namespace) -> list[Path]:
-    """The files the flags ask for, the results first."""
-    return [path for path in (flags.output, flags.plot, flags.layers) if isinstance(path, Path)]
-
-
 def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[pd.DataFrame]:
     """The results of a model, split by split."""
+    settings = {"method": flags.method, "num_iterations": flags.num_power_iter, "tol": flags.tol, "top_k": flags.top_k}
+    settings |= {"trace_probes": flags.trace_probes, "use_folding": flags.fold}
     print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
     with prepared(subject.model, flags.fold) as network:
 
-        def columns(images, labels, generators):
-            found = estimate_curvature(
-                network,
-                images,
-                labels,
-                flags.method,
-                flags.num_power_iter,
-                flags.tol,
-                generators,
-                top_k=flags.top_k,
-                trace_probes=flags.trace_probes,
-                use_folding=flags.fold,
-            )
-            return found.columns()
+        def columns(images: Tensor, labels: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+            return estimate_curvature(network, images, labels, generator=generators, **settings).columns()
 
         yield from for_examples(subject, flags, columns)
 
@@ -131,8 +123,8 @@ def report_layers(subject: Subject, results: pd.DataFrame) -> LayerTable | None:
     except ValueError as error:
         print(f"{subject.name}: no table of layers: {error}")
         return None
-    largest = max(results["curvature"][averaged(results)], default=0.0)
-    print(f"{subject.name}, layer by layer:\n{format_layers(table, largest)}")
+    largest = results["curvature"][averaged(results) & (results["model"] == subject.name)]
+    print(f"{subject.name}, layer by layer:\n{format_layers(table, max(largest, default=0.0))}")
     return table
 
 
@@ -151,17 +143,15 @@ def estimate(flags: argparse.Namespace) -> None:
     first = distributed.rank() == 0
     measured, layers = [], []
     for subject in subjects:
-        of_subject = []
         for results in measure(subject, flags):
             print(format_summary(results), flush=True)
-            of_subject.append(results)
+            measured.append(results)
             if flags.output and first:  # after each split: whatever happens later, this much is there
-                write_results(flags.output, pd.concat(measured + of_subject), settings)
-        measured += of_subject
-        if flags.layers and (table := report_layers(subject, pd.concat(of_subject))):
+                write_results(flags.output, pd.concat(measured), settings)
+        if flags.layers and (table := report_layers(subject, pd.concat(measured))):
             layers.append((Path(subject.name).stem, table))
 
-    together = pd.concat([*earlier, *(results.assign(source="") for results in measured)])
+    together = pd.concat(earlier + measured)
     if earlier or len(subjects) > 1:
         print(comparison_table(together))
     if not first:

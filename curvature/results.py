@@ -96,9 +96,9 @@ def format_summary(results: pd.DataFrame) -> str:
 def named(results: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each model and split, with a short name for the model: its file's, longer where that is another's.
 
-    A column "source" tells models of one name apart: the result file a row was read from, or "".
+    A column "source", if there is one, tells models of one name apart: the result file a row was read from.
     """
-    results = results.assign(source=results.get("source", ""))
+    results = results.assign(source=results.get("source", "")).fillna({"source": ""})
     models = results[["model", "source"]].drop_duplicates()
     stems = models["model"].map(lambda model: Path(model).stem)
     files = models["source"].map(lambda source: source and f" ({Path(source).name})")
@@ -160,7 +160,8 @@ def read_results(path: Path) -> pd.DataFrame:
             parts = json.loads(path.read_text())["measurements"]
             results = pd.DataFrame([row for part in parts for row in part["examples"]])
         else:
-            results = pd.read_csv(path, dtype=COLUMNS, float_precision="round_trip")
+            results = pd.read_csv(path, dtype="str")  # astype reads numbers exactly, which not every read_csv does
+            results["converged"] = results["converged"] == "True"
         if results.empty:
             raise ValueError("no rows")
         return results.astype(dict.fromkeys(results, "float64") | COLUMNS)

@@ -86,44 +86,32 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
 
 def load_subject(path: str | None, flags: argparse.Namespace, load_data: Callable[..., ImageData]) -> Subject:
     """The network of a weight file, or without one as its callable makes it, with the data set it is measured on."""
+    name = path or flags.model_arch
     checkpoint = read_checkpoint(path, flags.model_arch) if path else {"model_arch": flags.model_arch}
-    name, arch = path or flags.model_arch, checkpoint["model_arch"]
-    if "num_classes" not in checkpoint:  # another project's: the flags tell what a checkpoint of ours would
-        checkpoint["lcnn"] = flags.lcnn
-    elif flags.lcnn and not checkpoint.get("lcnn"):
-        raise UsageError(f"{path} was trained without --lcnn; leave it out")
-    image_size = checkpoint.get("image_size", flags.image_size)
-    if flags.image_size not in (None, image_size):
-        raise UsageError(f"{path} is for images of {image_size} pixels; leave --image-size out")
-    dataset = chosen_dataset(checkpoint, name, flags.dataset)
+    if "num_classes" in checkpoint:  # ours or the reference's; of another project's the flags tell all
+        checkpoint.setdefault("lcnn", False)
+    for key in ("dataset", "image_size", "lcnn"):
+        own, wanted = checkpoint.get(key), getattr(flags, key)
+        if wanted and own not in (None, wanted):
+            flag = f"--{key.replace('_', '-')}"
+            raise UsageError(f"{name} was trained with {flag} {own}, not {wanted}; leave {flag} out")
+        checkpoint[key] = wanted if own is None else own
+    if checkpoint["dataset"] is None and "num_classes" not in checkpoint:
+        raise UsageError(f"{name} does not name its data set; give --dataset: {', '.join(datasets)}")
+    dataset = checkpoint["dataset"] or DEFAULT_DATASET
+    if dataset not in datasets:
+        raise UserError(f"{name}: unknown data set {dataset!r}; there are {', '.join(datasets)}")
     data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
-    data = load_data(dataset, data_dir, image_size, flags.download).to(flags.device)
-    num_classes = len(data.class_names)
-    model = build_model(checkpoint, name, flags.model_arch, num_classes, data.test.images.shape[-1])
+    data = load_data(dataset, data_dir, checkpoint["image_size"], flags.download).to(flags.device)
+    checkpoint["image_size"], num_classes = data.test.images.shape[-1], len(data.class_names)
+    model = build_model(checkpoint, name, flags.model_arch, num_classes)
     if checkpoint.get("num_classes", num_classes) != num_classes:
         raise UsageError(
             f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {num_classes}; "
             "give the --dataset (and --data-dir) it was trained on"
         )
-    arch = arch if path else "its weights as the callable made them,"
+    arch = checkpoint["model_arch"] if path else "its weights as the callable made them,"
     return Subject(name, arch, model.to(flags.device), dataset, data)
-
-
-def chosen_dataset(checkpoint: dict, name: str, wanted: str | None) -> str:
-    """The data set to measure on: the checkpoint's own, with which ``wanted``, of --dataset, must agree.
-
-    Raises:
-        UserError: if they disagree, or neither is known.
-    """
-    own = checkpoint.get("dataset")
-    if wanted and own and wanted != own:
-        raise UsageError(f"{name} was trained on {own}, not {wanted}; leave --dataset out")
-    chosen = wanted or own or (DEFAULT_DATASET if "num_classes" in checkpoint else None)
-    if chosen is None:
-        raise UsageError(f"{name} does not name its data set; give --dataset: {', '.join(datasets)}")
-    if chosen not in datasets:
-        raise UserError(f"{name}: unknown data set {chosen!r}; there are {', '.join(datasets)}")
-    return chosen
 
 
 def choose_examples(num_examples: int, count: int, seed: int) -> Tensor:
@@ -140,14 +128,12 @@ def for_examples(
     """Measure the examples the flags ask for, batch by batch; every process does its share of the batches.
 
     Args:
-        subject: whose data are measured.
         flags: those of ``add_subject_flags``, batch_size and prng_seed.
         measure: pixels (N, 3, H, H) in the model's dtype, labels (N,) and N generators -> named columns (N,). Only the
             seed and an example's position decide its generator, so no result depends on the batch or the process.
 
     Yields:
-        For each split, on every process, a row an example: model, split, index, label and the columns; numbers are
-        float64.
+        For each split, on every process, a row an example: model, split, index, label and the columns, in float64.
     """
     for name, split in {"train": subject.data.train, "test": subject.data.test}.items():
         if flags.split not in (name, "both"):

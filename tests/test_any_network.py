@@ -64,7 +64,7 @@ def test_a_checkpoint_does_not_run_the_code_it_names(trained, photographs, capsy
     )
     assert_one_line_error(result, 2, f"holds a {RESNET}")
     with_size = ["--model-filename", path, "--model-arch", RESNET, "--image-size", 64]
-    assert_one_line_error(run_main(estimate_curvature, with_size, capsys), 2, "images of 32 pixels")
+    assert_one_line_error(run_main(estimate_curvature, with_size, capsys), 2, "--image-size 32, not 64")
     model = load_model(path, RESNET)
     assert sum(isinstance(module, CenteredSoftplus) for module in model.modules()) == 17
     assert not model.training

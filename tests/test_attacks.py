@@ -1,27 +1,18 @@
 """Attacks against the exact worst case of linear models, and inside their ball and [0, 1] on any."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_main
 from torch import nn
 
+import train_models
 from curvature.estimate import prepared
 from data.batches import Batch
+from experiments.robustness import auto_attack, strongest
 from models.layers import LCNN
 from models.resnet import ResNet
-from training.attacks import (
-    PGD,
-    adversarial_batches,
-    adversarial_images,
-    auto_attack,
-    import_auto_attack,
-    perturbation_norms,
-    project,
-    strongest,
-)
-from utils.errors import UserError
+from training.attacks import PGD, adversarial_batches, adversarial_images, perturbation_norms, project
 
 SHAPE = (2, 3, 4)  # of an image: 24 pixels
 
@@ -31,9 +22,7 @@ def linear(classes: int, pixels: int = 24) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes)).double()
 
 
-def batch(
-    n: int, classes: int, low: float = 0.3, high: float = 0.7, shape: tuple[int, int, int] = SHAPE
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(n: int, classes: int, low: float = 0.3, high: float = 0.7, shape: tuple[int, int, int] = SHAPE):
     generator = torch.Generator().manual_seed(n)
     images = low + (high - low) * torch.rand(n, *shape, dtype=torch.float64, generator=generator)
     return images, torch.randint(0, classes, (n,), generator=generator)
@@ -43,34 +32,32 @@ def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
+def fooled(model, found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return model(found).argmax(dim=1) != labels
+
+
 def small_network() -> ResNet:
     torch.manual_seed(0)
     return ResNet(LCNN, (1, 1, 1, 1), 10, 8)
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("images_touch_the_border", [False, True])
-def test_pgd_finds_the_exact_worst_case_of_a_linear_model(norm, images_touch_the_border):
+@pytest.mark.parametrize(("norm", "low", "high"), [("l2", 0.3, 0.7), ("linf", 0.3, 0.7), ("linf", 0.0, 1.0)])
+def test_pgd_finds_the_exact_worst_case_of_a_linear_model(norm, low, high):
     """With two classes the cross-entropy is softplus(-m), m the margin of the true class: eps * (dual norm of its
     gradient) lower at worst. Where a pixel would leave [0, 1] it stops there, which has a closed form in l-infinity."""
-    if images_touch_the_border and norm == "l2":
-        pytest.skip("no closed form")
     model, n = linear(2), 20
-    images, labels = batch(n, 2, 0.0, 1.0) if images_touch_the_border else batch(n, 2)
+    images, _ = batch(n, 2, low, high)
     labels = model(images).argmax(dim=1)
     w = model[1].weight.detach()
     slope = (w[labels] - w[1 - labels]).view_as(images)
-
-    def margin(x):
-        return (model(x)[:, 0] - model(x)[:, 1]).detach() * (1 - 2 * labels)
-
+    margin = (model(images)[:, 0] - model(images)[:, 1]).detach() * (1 - 2 * labels)
     dual_norm = slope.flatten(1).norm(dim=1) if norm == "l2" else slope.flatten(1).abs().sum(dim=1)
-    eps = float((margin(images) / dual_norm).quantile(0.6))  # the distance to the other class, of most
+    eps = float((margin / dual_norm).quantile(0.6))  # the distance to the other class, of most
     if norm == "l2":
         worst = images - eps * slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     else:
         worst = (images - eps * slope.sign()).clamp(0, 1)
-    assert images_touch_the_border == bool((worst == 0).any() or (worst == 1).any())
+    assert bool((worst == 0).any() or (worst == 1).any()) == (high == 1)
     expected = F.cross_entropy(model(worst), labels, reduction="none")
 
     # a step as long as the radius halves the angle to the worst point each time: 40 steps leave 1e-12
@@ -79,10 +66,10 @@ def test_pgd_finds_the_exact_worst_case_of_a_linear_model(norm, images_touch_the
     assert torch.allclose(F.cross_entropy(model(found), labels, reduction="none"), expected, rtol=1e-9)
 
     with prepared(model) as network:
-        found, fooled = strongest(network, images, labels, attack, 1, generators(n))
-    assert torch.equal(fooled, margin(worst) < 0)  # exactly those that can be
-    assert 0 < fooled.sum() < n
-    stays = ~fooled
+        found = strongest(network, images, labels, attack, 1, generators(n))
+    stays = ~fooled(model, found, labels)
+    assert torch.equal(~stays, fooled(model, worst, labels))  # exactly those that can be
+    assert 0 < stays.sum() < n
     assert torch.allclose(F.cross_entropy(model(found[stays]), labels[stays], reduction="none"), expected[stays])
 
 
@@ -95,7 +82,7 @@ def test_attacks_stay_in_the_ball_and_in_the_box(norm, eps, step_size):
     before = images.clone()
     attack = PGD(norm, eps, 3, step_size)
     with prepared(model) as network:
-        points = [strongest(network, images, labels, attack, 2, generators(5))[0]]
+        points = [strongest(network, images, labels, attack, 2, generators(5))]
     points += [adversarial_images(model, images, labels, attack), attack.random_start(images, None)]
     for found in points:
         assert found.min() >= 0
@@ -106,25 +93,22 @@ def test_attacks_stay_in_the_ball_and_in_the_box(norm, eps, step_size):
     assert all((perturbation_norms(found - images, norm) > 0).all() for found in points[1:])
 
 
-def test_what_is_called_fooled_is_misclassified_and_loss_only_grows():
-    model = linear(4)
+def test_the_loss_only_grows_and_an_attack_does_not_depend_on_its_batch():
+    model, attack = linear(4), PGD("l2", 0.1, 5)
     images, labels = batch(40, 4)
     with prepared(model) as network, torch.no_grad():
-        found, fooled = strongest(network, images, labels, PGD("l2", 0.1, 5), 3, generators(40))
-        assert torch.equal(network(found).argmax(dim=1) != labels, fooled)
+        found = strongest(network, images, labels, attack, 3, generators(40))
         before, after = (F.cross_entropy(network(x), labels, reduction="none") for x in (images, found))
         assert (after >= before).all()
-        wrong = network(images).argmax(dim=1) != labels
+        wrong = fooled(network, images, labels)
         assert wrong.any()
         assert torch.equal(found[wrong], images[wrong])  # nothing is to be done there
-        assert fooled[wrong].all()
-        assert not fooled.all()
+        assert wrong.sum() < fooled(network, found, labels).sum() < 40
 
         alone = [
-            strongest(network, images[i : i + 1], labels[i : i + 1], PGD("l2", 0.1, 5), 3, [generators(40)[i]])[0]
-            for i in range(40)
+            strongest(network, images[i : i + 1], labels[i : i + 1], attack, 3, [generators(40)[i]]) for i in range(40)
         ]
-        assert torch.allclose(torch.cat(alone), found)  # an example's attack does not depend on its batch
+        assert torch.allclose(torch.cat(alone), found)
 
 
 def test_restarts_find_what_one_start_does_not():
@@ -137,12 +121,11 @@ def test_restarts_find_what_one_start_does_not():
             return torch.stack([torch.full_like(z, 1.5), wrong], dim=1)
 
     images, labels = torch.full((20, 1, 1, 1), 0.4, dtype=torch.float64), torch.zeros(20, dtype=torch.int64)
+    attack = PGD("linf", 0.5, 10, 0.05)
     with prepared(TwoHills()) as network:
-        fooled = [
-            strongest(network, images, labels, PGD("linf", 0.5, 10, 0.05), n, generators(20))[1].sum().item()
-            for n in (1, 10)
-        ]
-    assert 0 < fooled[0] < fooled[1] == 20
+        found = [strongest(network, images, labels, attack, restarts, generators(20)) for restarts in (1, 10)]
+    one, ten = (fooled(TwoHills(), x, labels).sum() for x in found)
+    assert 0 < one < ten == 20
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -179,6 +162,20 @@ def test_adversarial_batches_follow_the_model_as_it_trains():
         model[1].weight.data.neg_()  # the optimizer's step
 
 
+@pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.long)])
+def test_adversarial_training_by_flag(norm, photographs, tmp_path, capsys, monkeypatch):
+    """Any loss trains on images moved by what the flags describe."""
+    attacks = []
+    monkeypatch.setattr(train_models, "adversarial_batches", lambda *a: attacks.append(a[2]) or adversarial_batches(*a))
+    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 1]
+    flags += ["--model-arch", "vgg11", "--regularizer", "gnorm", "--batch-size", 12, "--lr", 0.01]
+    flags += ["--adversarial-training", "--adv-norm", norm, "--adv-eps", "8/255", "--adv-steps", 2]
+    result = run_main(train_models, [*flags, "--output-dir", tmp_path], capsys)
+    assert result.returncode == 0, result.stderr
+    assert attacks == [PGD(norm, 8 / 255, 2, 0.01)]
+    assert (tmp_path / "vgg11_gnorm_adversarial_imagefolder.pt").is_file()
+
+
 def test_projection():
     delta = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
     assert torch.allclose(project(delta, "l2", 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
@@ -187,12 +184,7 @@ def test_projection():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (("l1", 0.1, 3), "unknown norm 'l1'"),
-        (("l2", 0.0, 3), "eps"),
-        (("l2", 0.1, 0), "steps"),
-        (("l2", 1, 1, -1), "size"),
-    ],
+    [(("l1", 0.1, 3), "norm 'l1'"), (("l2", 0.0, 3), "eps"), (("l2", 0.1, 0), "steps"), (("l2", 1, 1, -1), "size")],
 )
 def test_refuses_attacks_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -216,17 +208,10 @@ def test_autoattack_finds_exactly_those_of_a_linear_model_that_can_be_fooled(nor
     assert eps < 0.3  # the box plays no part
 
     state = torch.get_rng_state()
-    with prepared(model) as network, torch.no_grad():
+    with prepared(model) as network:
         found = auto_attack(network, images, labels, norm, eps, seed=0)
-        assert torch.equal(network(found).argmax(dim=1) != labels, distance < eps)
+    assert torch.equal(fooled(model, found, labels), distance < eps)
     assert torch.equal(torch.get_rng_state(), state)  # it seeds its own
     assert found.min() >= 0
     assert found.max() <= 1
     assert perturbation_norms(found - images, norm).max() <= eps * (1 + 1e-5)
-
-
-def test_without_autoattack_there_is_one_clear_line(monkeypatch):
-    for package in ("autoattack", "pyautoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match="pip install pyautoattack, or leave --autoattack out"):
-        import_auto_attack()
