@@ -20,15 +20,13 @@ def plot_results(path: Path, results: Sequence[tuple[str, pd.DataFrame]]) -> Non
     figure, axes = new_figure(len(QUANTITIES))
     figure.set_figheight(4.8)  # the names below need room
     figure.suptitle("the examples of each model and split; bars: extremes and median", fontsize=9)
-    kept = [(name, rows[averaged(rows)]) for name, rows in results]
+    kept = [rows[averaged(rows)] for _, rows in results]
     labels = [f"{name}\n{rows['split'].iloc[0]}, {averaged(rows).sum()} examples" for name, rows in results]
+    drawn = np.array([i for i, rows in enumerate(kept) if len(rows)])
     for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
-        logs = [np.log10(rows[quantity][rows[quantity] > 0]) for _, rows in kept]
-        drawn = [i for i, values in enumerate(logs) if len(values)]
-        if drawn:
-            axis.violinplot([logs[i] for i in drawn], positions=drawn, widths=0.8)
-            medians = [np.log10(np.median(10 ** logs[i])) for i in drawn]
-            axis.hlines(medians, np.array(drawn) - 0.3, np.array(drawn) + 0.3)
+        if len(drawn):
+            axis.violinplot([np.log10(kept[i][quantity]) for i in drawn], positions=drawn, widths=0.8)
+            axis.hlines([np.log10(kept[i][quantity].median()) for i in drawn], drawn - 0.3, drawn + 0.3)
         axis.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) < 5 else 90, ha="right", fontsize=7)
         axis.yaxis.set_major_formatter(lambda exponent, _: f"{10**exponent:.3g}")
         axis.set(title=title)

@@ -30,17 +30,14 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to examine")
     add_subject_flags(what, default_split="test")
 
+    distances = {"type": cli.pixel_distance, "metavar": "EPS", "nargs": "+"}
     attacks = parser.add_argument_group("attacks, on images in [0, 1]")
     attacks.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS), help="of the perturbations")
-    attacks.add_argument(
-        "--eps-l2", nargs="+", type=cli.pixel_distance, default=[0.05, 0.1, 0.15, 0.2], metavar="EPS", help="l2 radii"
-    )
+    attacks.add_argument("--eps-l2", **distances, default=[0.05, 0.1, 0.15, 0.2], help="l2 radii")
     attacks.add_argument(
         "--eps-linf",
-        nargs="+",
-        type=cli.pixel_distance,
+        **distances,
         default=[1 / 255, 2 / 255, 4 / 255],
-        metavar="EPS",
         help="l-infinity radii; fractions such as 8/255 are understood",
     )
     attacks.add_argument("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of PGD")
@@ -56,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     stability = parser.add_argument_group("gradient stability")
     stability.add_argument(
         "--deltas",
-        nargs="*",
-        type=cli.pixel_distance,
+        **distances | {"metavar": "DELTA", "nargs": "*"},
         default=[0.05, 0.1, 0.15, 0.2],
-        metavar="DELTA",
         help="l2 norms of the random changes; none given: not measured",
     )
     stability.add_argument("--draws", type=cli.positive_int, default=5, help="random changes of each norm an example")
@@ -90,29 +85,31 @@ def check_flags(flags: argparse.Namespace) -> None:
 def evaluate(flags: argparse.Namespace) -> None:
     """Do what the flags say: examine, print, write and draw."""
     check_flags(flags)
-    first = distributed.rank() == 0
     subjects = load_subjects(flags)
     files = [flags.output, flags.output.with_suffix(".json")] if flags.output else []
     files += [flags.plot] if flags.plot else []
     for path in files:
         make_room(path)
-    tables = []
+
+    settings = {**vars(flags), "torch": torch.__version__}
+    first = distributed.rank() == 0
+    tables, summaries = [], []
     for subject in subjects:
         print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
         with prepared(subject.model) as network:
             for results in for_examples(subject, flags, partial(examine, network, flags)):
                 tables.append(results)
-                print(format_summary(summarize(results)), flush=True)
+                summaries.append(summarize(results))
+                print(format_summary(summaries[-1]), flush=True)
                 if flags.output and first:  # after each split: whatever happens later, this much is there
                     write_rows(flags.output, pd.concat(tables))
-                    settings = {**vars(flags), "torch": torch.__version__}
-                    write_json(files[1], {"settings": settings, "models": list(map(summarize, tables))})
+                    write_json(files[1], {"settings": settings, "models": summaries})
+
     if not flags.autoattack:
         print("PGD alone can overstate robustness; --autoattack tries harder")
     if flags.plot and first:
-        groups = named(pd.concat(tables))
-        names = [f"{name}, {rows['split'].iloc[0]}" for name, rows in groups]
-        plot_robustness(flags.plot, names, [summarize(rows) for _, rows in groups])
+        names = [f"{name}, {rows['split'].iloc[0]}" for name, rows in named(pd.concat(tables))]
+        plot_robustness(flags.plot, names, summaries)
     for path in files:
         print(f"saved {path}")
 
