@@ -1,6 +1,5 @@
 """First and second derivatives of each example's cross-entropy with respect to its own pixels.
 
-``input_hessian(model, images, labels)`` prepares a batch, whatever the model; see ``InputHessian`` for what it offers.
 In eval mode examples do not mix, so the Hessian of the summed loss is block diagonal: one product serves every example.
 """
 
@@ -24,8 +23,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def cross_entropy_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     """(N, classes) dl/dz = p - e_y, with p_y - 1 as minus the sum of the others.
 
-    The subtraction itself would leave a confident example with a few digits or with 0: in float32 p_y is 1 from a
-    margin of 17 on, while the other probabilities, and h and g which are proportional to them, are still accurate.
+    The subtraction would leave 0 of a confident example: in float32 p_y is 1 from a margin of 17 on, while the other
+    probabilities, and h and g which are proportional to them, are still accurate.
     """
     own = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     others = logits.softmax(dim=1).masked_fill(own, 0.0)
@@ -59,8 +58,8 @@ def input_vector_jacobian_product(
 ) -> tuple[Tensor, Tensor]:
     """(N, classes) logits z at images (N, ...), and the (N, ...) gradient of <cotangent(z), z>, cotangent(z) constant.
 
-    The network is frozen and in eval mode. The cotangent dl/dz of a loss l makes it the input gradient of l; a one-hot
-    row makes it that of a logit.
+    The network is frozen and in eval mode. The cotangent dl/dz of a loss l gives the input gradient of l, a one-hot row
+    that of a logit.
     """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         at = images.detach().clone().requires_grad_()
@@ -76,17 +75,11 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 class InputHessian(ABC):
-    """The Hessian H of each example's loss with respect to its pixels, as an operator.
+    """The Hessian H of each example's loss with respect to its pixels, as an operator."""
 
-    Attributes:
-        logits: (N, classes).
-        loss: (N,) cross-entropies.
-        gradient: (N, ...) input gradients.
-    """
-
-    logits: Tensor
-    loss: Tensor
-    gradient: Tensor
+    logits: Tensor  # (N, classes)
+    loss: Tensor  # (N,) cross-entropies
+    gradient: Tensor  # (N, ...) input gradients
 
     @abstractmethod
     def product(self, v: Tensor) -> Tensor:
@@ -160,9 +153,6 @@ class FoldedHessian(InputHessian):
 
 
 def input_hessian(model: nn.Module | FoldedNetwork, images: Tensor, labels: Tensor) -> InputHessian:
-    """The input Hessian of a batch of images (N, ...) with class indices (N,), in the fastest way the model allows.
-
-    The model is in eval mode, and its parameters do not require gradients.
-    """
+    """The input Hessian of a batch of images (N, ...) with class indices (N,); the model is frozen and in eval mode."""
     kind = FoldedHessian if isinstance(model, FoldedNetwork) else DoubleBackwardHessian
     return kind(model, images, labels)

@@ -1,8 +1,7 @@
-"""Eigenvalues and traces of a batch of symmetric operators of which only products H v are to be had.
+"""Eigenvalues and traces of a batch of symmetric operators H, from products H v alone.
 
-One product of the batch serves every example, and every example has its own iteration: its own Krylov space, its own
-convergence. Those that have converged are taken out of the batch. Everything is relative: H and 1e-12 H take the same
-steps.
+One product of the batch serves every example, and every example has its own Krylov space and its own convergence. Those
+that have converged are taken out of the batch. Everything is relative: H and 1e-12 H take the same steps.
 """
 
 from collections.abc import Callable
@@ -20,10 +19,7 @@ ZERO_BESIDE_FIRST = 1e-3  # an eigenvalue this small beside the first need not b
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """Of N operators, the k eigenvalues of largest magnitude, that first; on the operators' device and in its dtype.
-
-    An operator that is not finite has NaN.
-    """
+    """The k eigenvalues of largest magnitude of N operators, the largest first; NaN where an operator is not finite."""
 
     values: Tensor  # (N, k) signed
     residuals: Tensor  # (N, k) ||H u - lambda u|| / |lambda|, u the eigenvector found for lambda; 0 where H = 0
@@ -31,7 +27,7 @@ class Eigenvalues:
 
 
 class Record:
-    """The Eigenvalues of a batch while they are found, and which examples (rows) are still at work."""
+    """The eigenvalues of a batch while they are found, and which examples (rows) are still at work."""
 
     def __init__(self, num_examples: int, k: int, tol: float, like: Tensor):
         self.tol, self.like = tol, like
@@ -41,7 +37,7 @@ class Record:
         self.rows = torch.arange(num_examples)
 
     def update(self, values: Tensor, residuals: Tensor) -> Tensor:
-        """Note the (n, k) results after one more product for the rows at work; which of those have not converged."""
+        """Note the (n, k) results after one more product for the rows at work; returns which have not converged."""
         self.values[self.rows], self.residuals[self.rows] = values, residuals
         self.products[self.rows] += 1
         return (residuals > self.tol).any(dim=1)  # False for NaN: more products will not mend it
@@ -57,14 +53,10 @@ def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol:
     (eigenvalues of both signs) can make that far too small. Its sign is that of u'Hu.
 
     Args:
-        hessian: N operators.
         start: (N, ...), the first u up to scale.
         num_iterations: the most products to spend on an example.
         tol: the residual at which an example is done.
-        k: must be 1.
-
-    Raises:
-        ValueError: if more than one eigenvalue is asked for.
+        k: must be 1, or ValueError is raised.
     """
     if k != 1:
         raise ValueError("the power method finds one eigenvalue; use method lanczos for more")
@@ -99,11 +91,10 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     method goes on from another start and finds the second; before that it is not missed.
 
     Args:
-        hessian: N operators.
         start: (N, ...), the first q up to scale.
         num_iterations: the most products to spend on an example.
         tol: the residual at which an eigenvalue is good; an example is done when its k are, twice in succession.
-        k: how many eigenvalues, no more than H has.
+        k: how many eigenvalues, no more than H has, or ValueError is raised.
     """
     shape, dimension = start.shape[1:], start[0].numel()
     if k > dimension:
@@ -198,21 +189,14 @@ def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int, rounding: float) -> t
 
 
 def hutchinson_trace(hessian: InputHessian, num_probes: int, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Each operator's trace as the mean of v'Hv over random signs v (Hutchinson, 1990), and its standard error.
+    """(N,) traces, the mean of v'Hv over random signs v (Hutchinson, 1990), and their (N,) standard errors.
 
     Args:
-        hessian: N operators, none restricted yet.
         num_probes: products to spend on each; 2 or more for a standard error, which otherwise is NaN.
         draw: gives (N, ...) entries of +1 or -1.
-
-    Returns:
-        (N,) and (N,).
     """
-    samples = []
-    for _ in range(num_probes):
-        v = draw()
-        samples.append((v * hessian.product(v)).flatten(1).sum(dim=1))
-    samples = torch.stack(samples)
+    probes = (draw() for _ in range(num_probes))
+    samples = torch.stack([(v * hessian.product(v)).flatten(1).sum(dim=1) for v in probes])
     error = samples.std(dim=0) / num_probes**0.5 if num_probes > 1 else torch.full_like(samples[0], torch.nan)
     return samples.mean(dim=0), error
 

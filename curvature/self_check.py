@@ -5,6 +5,8 @@ one row per image, the same row each time and whatever else is in the batch, and
 """
 
 from collections import Counter
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,8 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -
 
     Args:
         model: maps images to logits; it is tried in eval mode and left as it was found.
-        images: (N, 3, H, W), N >= 1, a few of the data set in the model's dtype, on its device, left unchanged. With
-            N = 1 whether examples mix cannot be told.
+        images: (N, 3, H, W), a few of the data set in the model's dtype, on its device, left unchanged. With N = 1
+            whether examples mix cannot be told.
         num_classes: the data set's.
         name: what to call the model in messages.
 
@@ -118,29 +120,21 @@ def record_calls(model: nn.Module, images: Tensor) -> Calls:
     counts = Counter()
     entered = []  # the inputs of the calls under way: the innermost is the last
 
-    def watch(layer: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        def enter(module, args, kwargs):
-            entered.append(list(tensors((args, kwargs))))
+    def enter(module, args, kwargs):
+        entered.append(list(tensors((args, kwargs))))
 
-        def leave(module, args, kwargs, output):
-            calls[layer, counts[layer]] = entered.pop(), list(tensors(output))
-            counts[layer] += 1
+    def leave(layer, module, args, kwargs, output):
+        calls[layer, counts[layer]] = entered.pop(), list(tensors(output))
+        counts[layer] += 1
 
-        return [
-            # before the user's own hooks, which belong to the layer
-            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-            module.register_forward_hook(leave, with_kwargs=True),
-        ]
-
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for path, module in model.named_modules():
             kind = type(module).__name__
-            handles += watch(f"layer {path} ({kind})" if path else f"the model's own forward ({kind})", module)
+            layer = f"layer {path} ({kind})" if path else f"the model's own forward ({kind})"
+            # before the user's own hooks, which belong to the layer
+            hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(leave, layer), with_kwargs=True))
         model(images.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

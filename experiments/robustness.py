@@ -2,6 +2,9 @@
 
 Gradient stability of a function f at x (paper, section 5): ||grad f(x + delta) - grad f(x)|| / ||grad f(x)|| for random
 delta of a given l2 norm, f being the example's loss or the logit of its true class.
+
+Below, a network is frozen and in eval mode (``curvature.estimate.prepared``), images are (N, ...) pixels in [0, 1],
+labels (N,) class indices, and each example has a generator of its own, so that nothing depends on its batch.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from utils.errors import UserError
 from utils.numerics import Generators, draw_normal, normalize, norms
 from utils.plots import new_figure, save_figure
 
-Network = nn.Module | FoldedNetwork  # frozen and in eval mode, see curvature.estimate.prepared
+Network = nn.Module | FoldedNetwork
 STABILITY = {"loss": "loss", "logit": "true-class logit"}  # f in the names of columns, and in words
 ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # in the names of columns; in words, its line
 
@@ -36,18 +39,14 @@ def gradient_stability(
     draws: int,
     generator: Generators = None,
 ) -> Tensor:
-    """||grad f(x + delta) - grad f(x)|| / ||grad f(x)||, the mean over random directions of delta.
+    """(k, N) means of ||grad f(x + delta) - grad f(x)|| / ||grad f(x)|| over random directions, or NaN for 0 / 0.
 
     x + delta is not cut to [0, 1]: its distance is meant to be exact.
 
     Args:
         gradient: x (N, ...) -> (N, ...), the gradient of each example's f.
-        images: (N, ...) the x.
         deltas: k l2 norms; all are tried in the same directions.
         draws: how many directions.
-
-    Returns:
-        (k, N), NaN where grad f(x) is zero.
     """
     here = gradient(images)
     changes = images.new_zeros(len(deltas), len(images))
@@ -62,24 +61,19 @@ def input_gradient_of(quantity: str, network: Network, labels: Tensor) -> Callab
     """x (N, ...) -> (N, ...): the input gradient of each example's "loss", or of the "logit" of its true class."""
     if quantity == "loss":
         return lambda x: loss_gradient(network, x, labels)[1]
-
-    def true_class(logits: Tensor) -> Tensor:
-        return F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-
-    return lambda x: input_vector_jacobian_product(network, x, true_class)[1]
+    return lambda x: input_vector_jacobian_product(network, x, lambda z: F.one_hot(labels, z.shape[1]).to(z.dtype))[1]
 
 
 @torch.no_grad()
 def strongest(
-    network: Network, images: Tensor, labels: Tensor, attack: PGD, restarts: int = 1, generator: Generators = None
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    attack: PGD,
+    restarts: int,
+    generators: list[torch.Generator],
 ) -> Tensor:
-    """The worst points that some climbs of PGD pass, each from another random start.
-
-    Args:
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
-        restarts: how many climbs.
-        generator: what the random starts are drawn with.
+    """The worst of the points that some climbs of PGD pass, each from another random start.
 
     Returns:
         (N, ...): a point that is misclassified if one was seen (the image itself if it is), else the one of largest
@@ -92,8 +86,7 @@ def strongest(
     for _ in range(restarts):
         if not len(rows):
             break
-        generators = [generator[i] for i in rows.tolist()] if isinstance(generator, list) else generator
-        x = attack.random_start(images[rows], generators)
+        x = attack.random_start(images[rows], [generators[row] for row in rows.tolist()])
         for step in range(attack.steps + 1):
             logits, gradient = loss_gradient(network, x, labels[rows])
             loss = cross_entropy(logits, labels[rows])
@@ -130,13 +123,9 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
     draws its random numbers for the batch as a whole: what it finds for an image depends a little on the others. It
     works in float32, whatever the network does.
 
-    Args:
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
-        norm: "l2" or "linf".
-
     Returns:
-        (N, ...) pixels in [0, 1], in the ball of radius eps; the images themselves where it found nothing.
+        (N, ...) pixels in [0, 1], in the ball of radius eps in the norm, "l2" or "linf"; the images themselves where it
+        found nothing.
 
     Raises:
         UserError: if AutoAttack is not installed.
@@ -163,10 +152,7 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
 
 @torch.no_grad()
 def withstood(
-    network: Network,
-    labels: Tensor,
-    standing: dict[float, Tensor],
-    attack: Callable[[Tensor, float], Tensor],
+    network: Network, labels: Tensor, standing: dict[float, Tensor], attack: Callable[[Tensor, float], Tensor]
 ) -> dict[float, Tensor]:
     """Which examples are classified correctly wherever an attack led them.
 
@@ -174,7 +160,6 @@ def withstood(
     rises with the radius.
 
     Args:
-        labels: (N,) class indices.
         standing: radius, smallest first -> (N,) mask of the examples to be tried there.
         attack: (k,) positions of the examples still standing, and a radius -> (k, ...) images in the balls around them.
 
@@ -201,11 +186,6 @@ def examine(
     network: Network, flags: argparse.Namespace, images: Tensor, labels: Tensor, generators: list[torch.Generator]
 ) -> dict[str, Tensor]:
     """Everything the flags of evaluate_robustness ask for, at a batch of examples.
-
-    Args:
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
-        generators: one for each example, so that its results do not depend on the batch.
 
     Returns:
         Columns (N,): predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for those that

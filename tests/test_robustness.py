@@ -111,7 +111,7 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
 
         def one_step(rows, eps):
             asked.append(len(rows))
-            return strongest(network, images[rows], labels[rows], PGD("l2", eps, 1))
+            return strongest(network, images[rows], labels[rows], PGD("l2", eps, 1), 1, [torch.Generator()] * len(rows))
 
         clean = network(images).argmax(dim=1) == labels
         found = withstood(network, labels, dict.fromkeys([0.02, 0.1, 0.3], clean), one_step)
@@ -215,6 +215,22 @@ def own_nets(photographs, tmp_path, monkeypatch) -> list:
     sys.modules.pop("my_nets", None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset", "digits"], ["trained with --dataset imagefolder, not digits", "leave --dataset out"]),
+        (["--image-size", 32], ["trained with --image-size 16, not 32", "leave --image-size out"]),
+        (["--data-dir", "three"], ["tells 2 classes apart, but imagefolder has 3", "--data-dir"]),
+    ],
+)
+def test_what_a_checkpoint_contradicts_is_refused(checkpoint, photographs, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        shutil.copytree(photographs / split, f"three/{split}")
+        shutil.copytree(photographs / split / "china", f"three/{split}/third")
+    assert_one_line_error(run_main(evaluate_robustness, ["--model-filename", checkpoint, *flags], capsys), 2, *words)
+
+
 def test_outside_models_and_self_checks(own_nets, capsys):
     result = run_main(evaluate_robustness, ["--model-arch", "my_nets:fine", *own_nets, *SMALL], capsys)
     assert result.returncode == 0, result.stderr
@@ -232,7 +248,7 @@ def test_autoattack_by_flag(own_nets, tmp_path, capsys):
     result = run_main(evaluate_robustness, [*flags, "--output", tmp_path / "aa.csv"], capsys)
     assert result.returncode == 0, result.stderr
     assert "PGD alone" not in result.stdout
-    assert "PGD and AutoAttack, l2: accuracy in %           eps 8: 0.00" in result.stdout
+    assert "PGD and AutoAttack, l2: accuracy in %" in result.stdout
     (summary,) = json.loads((tmp_path / "aa.json").read_text())["models"]
     assert summary["robust_accuracy"]["autoattack_l2"] == {"8": 0}
     assert summary["robust_accuracy"]["pgd_l2"]["8"] > 0

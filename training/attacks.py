@@ -33,22 +33,16 @@ def project(delta: Tensor, norm: str, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PGD:
-    """Steps of projected gradient ascent on the cross-entropy, each of length step_size in the norm.
-
-    Args:
-        norm: "l2" or "linf".
-        eps: radius of the ball, in units of pixels in [0, 1].
-        steps: how many.
-        step_size: None for 2.5 * eps / steps: the border can be reached from anywhere, and walked along.
+    """Steps of projected gradient ascent on the cross-entropy.
 
     Raises:
         ValueError: on an unknown norm, or numbers that are not positive.
     """
 
-    norm: str
-    eps: float
+    norm: str  # of NORMS
+    eps: float  # radius of the ball, in units of pixels in [0, 1]
     steps: int
-    step_size: float | None = None
+    step_size: float | None = None  # in the norm; None: 2.5 * eps / steps, which reaches the border from anywhere
 
     def __post_init__(self):
         if self.norm not in NORMS:
@@ -86,15 +80,12 @@ class PGD:
 def adversarial_images(
     model: nn.Module, images: Tensor, labels: Tensor, attack: PGD, generator: Generators = None
 ) -> Tensor:
-    """What adversarial training trains on: the end of one climb from a random start.
+    """What adversarial training trains on: the end of one climb from a random start, (N, ...) pixels in [0, 1].
 
     Args:
         model: attacked in eval mode, and left in the mode it was in.
         images: (N, ...) pixels in [0, 1].
         labels: (N,) class indices.
-
-    Returns:
-        (N, ...) pixels in [0, 1], in the ball around images.
     """
     with frozen_in_eval(model):
         x = attack.random_start(images, generator)
