@@ -128,24 +128,24 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
 def test_a_model_that_works_in_place_gives_what_it_gives_out_of_place():
     """The first layer may overwrite its input, as a normalization does: the images stay what they are."""
 
-    class Normalized(nn.Module):
-        def __init__(self, in_place: bool):
-            super().__init__()
-            self.in_place = in_place
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 4))
-
+    class InPlace(nn.Module):
         def forward(self, x):
-            return self.net(x.sub_(0.4).div_(0.2) if self.in_place else (x - 0.4) / 0.2)
+            return x.sub_(0.4).div_(0.2)
+
+    class OutOfPlace(nn.Module):
+        def forward(self, x):
+            return (x - 0.4) / 0.2
 
     images, labels = images_of(12), torch.arange(12) % 4
-    found = []
-    for in_place in (False, True):
-        torch.manual_seed(0)
-        model, batch = Normalized(in_place).double(), images.clone()
-        found.append(examined(model, batch, labels, "--eps-l2 0.2 --eps-linf 0.1 --deltas 0.1"))
-        assert torch.equal(batch, images)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert found[0]["pgd_l2_0.2"].any()
+    before, flags = images.clone(), "--eps-l2 0.2 --eps-linf 0.1 --deltas 0.1"
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 4)
+    one, other = (
+        examined(nn.Sequential(first, *layers).double(), images, labels, flags) for first in (InPlace(), OutOfPlace())
+    )
+    assert torch.equal(images, before)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one["pgd_l2_0.2"].any()
 
 
 @pytest.fixture(scope="module")
