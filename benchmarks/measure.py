@@ -1,52 +1,61 @@
-"""What the benchmarks share: variants timed in turns, and the memory that one takes."""
+"""What the benchmarks share: variants timed in turns, the memory that one takes, and what is printed."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
+import pandas as pd
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def machine(device: torch.device) -> str:
+    """What the figures are made with, in words."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, {where}"
+
+
+def show(table: pd.DataFrame, number: str = "{:.4g}") -> None:
+    """Print a table."""
+    print(table.to_string(float_format=number.format), flush=True)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long a call takes; on a GPU by events around what it launches."""
-    if not torch.cuda.is_available():
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    began.record()
+    """How long a call takes, on a GPU with everything it launches."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
     work()
-    ended.record()
-    torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1000
+    wait()
+    return time.perf_counter() - began
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each variant, all of them taking turns after warm_up rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + warm_up):
-        for name, variant in variants.items():
-            seconds[name].append(seconds_of(variant))
-    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
+def interleaved(variants: dict[Hashable, Callable[[], object]], rounds: int) -> dict[Hashable, float]:
+    """Median seconds of each variant. The variants take turns; the first rounds warm up, and do not count."""
+    warm_up = 5 if torch.cuda.is_available() else 1
+    seconds = [{name: seconds_of(work) for name, work in variants.items()} for _ in range(warm_up + rounds)]
+    return {name: statistics.median(times[name] for times in seconds[warm_up:]) for name in variants}
 
 
-class PeakMemory:
-    """MiB taken at most since this was made, above what was in use then; on a CPU by the whole process."""
+def peak_memory(device: torch.device, work: Callable[[], object]) -> float:
+    """MiB that a call takes at most, above what was in use before; on a CPU by the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is in use now
-        self.before = self.now("VmRSS")
+    def kibibytes(entry: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0])
 
-    def now(self, entry: str) -> float:
-        if self.cuda:
-            return (torch.cuda.max_memory_allocated() if entry == "VmHWM" else torch.cuda.memory_allocated()) / 2**20
-        return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0]) / 2**10
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is in use now
+    before = kibibytes("VmRSS")
+    work()
+    return (kibibytes("VmHWM") - before) / 2**10
 
-    def taken(self) -> float:
-        return self.now("VmHWM") - self.before
+
+def in_new_process(function: Callable, *arguments, processes: int = 1):
+    """function(*arguments) in a process of its own, or several as torchrun starts them; the first one's result."""
+    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn")
+    return elastic_launch(config, function)(*arguments)[0]

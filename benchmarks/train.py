@@ -2,260 +2,192 @@
 
     python benchmarks/train.py
 
-The textbook's way (benchmarks/textbook.py) is the paper's formulas as they are written. A step is loss, gradients and
-optimizer, in training mode, on random images. Everything runs in one process, the variants taking turns, so that
-whatever else the machine does touches all of them; look at the ratios. The floor is the time of a step's convolutions
-by themselves, each kind (forward, for the input, for the weight) timed on every layer's own shapes. Peak memory is
-above the model and its images, on a CPU in a process of its own.
+The textbook's way is benchmarks/textbook.py. A step is loss, gradients and optimizer, in training mode, on random
+images. The variants take turns in one process, so that whatever else the machine does touches all of them; look at the
+ratios. Beside a step stands the time of its convolutions by themselves: each kind (forward, for the input, for the
+weight) is timed on every layer's own shapes. Peak memory is above the model and its images, in a process of its own.
 """
 
 import argparse
-import copy
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-from benchmarks import textbook  # noqa: E402
-from benchmarks.measure import PeakMemory, interleaved  # noqa: E402
-from experiments import compare_methods  # noqa: E402
-from models.model_selector import model_architecture  # noqa: E402
-from regularized_loss import regularizers  # noqa: E402
-from train_models import build_parser  # noqa: E402
-from training.attacks import PGD, adversarial_images  # noqa: E402
-from training.epoch import Gradients, build_optimizer  # noqa: E402
-from utils import cli  # noqa: E402
-from utils.precision import PRECISIONS, set_precision, set_tf32  # noqa: E402
+from benchmarks import textbook
+from benchmarks.measure import in_new_process, interleaved, machine, peak_memory, show
+from experiments.compare_methods import METHODS
+from models.model_selector import model_architecture
+from regularized_loss import regularizers
+from train_models import build_parser
+from training.attacks import PGD, adversarial_images
+from training.epoch import Gradients, build_optimizer
+from utils import cli
+from utils.precision import PRECISIONS, set_precision, set_tf32
 
 CLASSES, SIZE = 10, 32
-# convolution passes over the network in a step: forward, gradient for the input, gradient for the weight
-PASSES = {"plain": (1, 1, 1), "gradient norm": (2, 2, 2), "cure": (4, 4, 4), "pgd": (4, 4, 1)}
-PASSES_OF = {
-    "none": "plain",
-    "curvature": "plain",
-    "curvature_bound": "plain",
-    "gnorm": "gradient norm",
-    "curvature_and_gnorm": "gradient norm",
-    "cure": "cure",
-}
-# the rows of the paper's Table 1: architecture, regularizer, adversarial training
-DEFAULTS = compare_methods.build_parser().parse_args([])
-METHODS = {
-    method.title: (flags.model_arch, flags.regularizer, flags.adversarial_training)
-    for name, method in compare_methods.METHODS.items()
-    for flags in [compare_methods.training_flags(DEFAULTS, name)]
-}
-STEPS_FOR_MEMORY = 2
+# how often a step passes over the convolutions: forward, for the input, for the weight; once where no other is named
+PASSES = {"gnorm": (2, 2, 2), "curvature_and_gnorm": (2, 2, 2), "cure": (4, 4, 4), "adversarial": (4, 4, 1)}
 
 
-def batch(flags: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(flags.batch_size, 3, SIZE, SIZE, generator=generator)
-    return images.to(flags.device), (torch.arange(flags.batch_size) % CLASSES).to(flags.device)
+def training_flags(**values) -> argparse.Namespace:
+    """train_models.py's flags, at their defaults but for these values."""
+    defaults = {"textbook": False, **vars(build_parser().parse_args([])), "strong_determinism_wanted": False}
+    return argparse.Namespace(**defaults | values)
 
 
-def textbook_step(arch: str, regularizer: str, flags: argparse.Namespace) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = textbook.resnet18(arch.endswith("lcnn"), CLASSES, SIZE).to(flags.device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-    images, labels = batch(flags)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        textbook.compute_loss(model, images.clone(), labels, regularizer).backward()
-        optimizer.step()
-
-    return step
+def method_flags(name: str, **values) -> argparse.Namespace:
+    """A row of the paper's Table 1."""
+    return training_flags(model_arch="resnet18" + METHODS[name].arch_suffix, **METHODS[name].training, **values)
 
 
-def our_model(arch: str, flags: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(0)
-    model = model_architecture[arch](CLASSES, SIZE).to(flags.device, memory_format=torch.channels_last)
-    return model.train()
+class Training:
+    """A network, its loss and its optimizer, and random images; ours, or the textbook's with flags.textbook."""
+
+    def __init__(self, flags: argparse.Namespace, dtype: torch.dtype = torch.float32):
+        torch.manual_seed(0)
+        if flags.textbook:
+            model = textbook.resnet18(flags.model_arch, CLASSES, SIZE).to(flags.device)
+            self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        else:
+            model = model_architecture[flags.model_arch](CLASSES, SIZE)
+            model = model.to(flags.device, dtype, memory_format=torch.channels_last)
+            self.optimizer = build_optimizer(model, 1e-3, 0.9, 5e-4)
+        set_precision(model, flags.precision, flags.device)
+        self.flags, self.model = flags, model.train()
+        self.gradients = Gradients(regularizers[flags.regularizer](model, flags), model)
+        images = torch.rand(flags.batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+        self.images = images.to(flags.device, dtype)
+        self.labels = (torch.arange(flags.batch_size) % CLASSES).to(flags.device)
+
+    def step(self) -> None:
+        set_tf32(self.flags.precision)  # here, as the variants take turns
+        cli.seed_everything(0, self.flags.strong_determinism_wanted)
+        self.optimizer.zero_grad()
+        images = self.images
+        if self.flags.adversarial_training:
+            images = adversarial_images(self.model, images, self.labels, PGD("l2", eps=0.1, steps=3, step_size=0.01))
+        terms = self.gradients(images, self.labels)
+        if self.flags.textbook:  # every term is read back
+            terms = {name: float(term) for name, term in terms.items()}
+        self.optimizer.step()
 
 
-def our_step(
-    arch: str, regularizer: str, flags: argparse.Namespace, adversarial=False, precision="fp32"
-) -> Callable[[], None]:
-    model = our_model(arch, flags)
-    set_precision(model, precision, flags.device)
-    gradients = Gradients(regularizers[regularizer](model, build_parser().parse_args([])), model)
-    optimizer = build_optimizer(model, 1e-3, 0.9, 5e-4)
-    images, labels = batch(flags)
-
-    def step() -> None:
-        set_tf32(precision)  # the variants take turns
-        optimizer.zero_grad()
-        at = adversarial_images(model, images, labels, PGD("l2", 0.1, 3, 0.01)) if adversarial else images
-        gradients(at, labels, 1.0)
-        optimizer.step()
-
-    return step
+def step_memory(flags: argparse.Namespace) -> float:
+    """MiB of two steps."""
+    training = Training(flags)
+    return peak_memory(flags.device, lambda: (training.step(), training.step()))
 
 
-def convolutions(arch: str, flags: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], float]:
-    """All of a network's convolutions by themselves, by kind, and the operations of one pass in GFLOP."""
-    model, calls = our_model(arch, flags), []
+def convolutions(flags: argparse.Namespace) -> list[Callable[[], None]]:
+    """All of a network's convolutions by themselves: forward, for the input, for the weight."""
+    training, calls = Training(flags), []
 
     def record(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        weight = conv.weight.detach()
-        arguments = (None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1)
-        calls.append((torch.randn_like(output), torch.randn_like(inputs[0]), weight, arguments))
+        geometry = (None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1)
+        calls.append((torch.randn_like(output), torch.randn_like(inputs[0]), conv.weight.detach(), geometry))
 
-    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for module in training.model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(record)
     with torch.no_grad():
-        model(batch(flags)[0])
-    for hook in hooks:
-        hook.remove()
+        training.model(training.images)
 
     def forward() -> None:
-        for _, x, weight, arguments in calls:
-            torch.conv2d(x, weight, None, *arguments[1:3])
+        for _, x, weight, geometry in calls:
+            torch.ops.aten.convolution(x, weight, *geometry)
 
-    def backward(wanted: list[bool]) -> Callable[[], None]:
-        def run() -> None:
-            for g, x, weight, arguments in calls:
-                torch.ops.aten.convolution_backward(g, x, weight, *arguments, wanted)
+    def backward(wanted: list[bool]) -> None:
+        for gradient, x, weight, geometry in calls:
+            torch.ops.aten.convolution_backward(gradient, x, weight, *geometry, wanted)
 
-        return run
+    return [forward, lambda: backward([True, False, False]), lambda: backward([False, True, False])]
 
-    operations = sum(2 * g.numel() * weight[0].numel() for g, _, weight, _ in calls)
-    kinds = {
-        "forward": forward,
-        "for the input": backward([True, False, False]),
-        "for the weight": backward([False, True, False]),
+
+def time_steps(rows: dict[Hashable, argparse.Namespace], rounds: int) -> pd.DataFrame:
+    """Seconds of a step with each row's flags, and of its convolutions by themselves."""
+    alone = dict(enumerate(convolutions(next(iter(rows.values())))))
+    seconds = interleaved({row: Training(flags).step for row, flags in rows.items()} | alone, rounds)
+    names = ["adversarial" if flags.adversarial_training else flags.regularizer for flags in rows.values()]
+    passes = [PASSES.get(name, (1, 1, 1)) for name in names]
+    columns = {
+        "seconds": [seconds[row] for row in rows],
+        "convolutions": [sum(times * seconds[kind] for kind, times in enumerate(of_row)) for of_row in passes],
     }
-    return kinds, operations / 1e9
+    return pd.DataFrame(columns, index=pd.Index(list(rows)))
 
 
-def floor(kind: str, seconds: dict[str, float]) -> float:
-    """Seconds that a step's convolutions take by themselves."""
-    passes = zip(PASSES[kind], ("forward", "for the input", "for the weight"), strict=True)
-    return sum(times * seconds[name] for times, name in passes)
+def compare_with_textbook(arch: str, losses: list[str], rounds: int, **values) -> None:
+    """Print seconds and memory of a step with each loss."""
+    rows = {
+        (who, loss): training_flags(model_arch=arch, regularizer=loss, textbook=who == "textbook", **values)
+        for loss in losses
+        for who in ("textbook", "ours")
+        if arch.endswith("lcnn") or "curvature" not in loss
+    }
+    table = time_steps(rows, rounds)
+    table["MiB"] = [in_new_process(step_memory, flags) for flags in rows.values()]
+    table = table.unstack(0, sort=False)
+    table["textbook / ours"] = table.seconds.textbook / table.seconds.ours
+    table["ours / convolutions"] = table.seconds.ours / table.convolutions.ours
+    print(f"\n{arch}: a step")
+    show(table)
 
 
-def compare_with_textbook(arch: str, flags: argparse.Namespace) -> None:
-    chosen = [name for name in flags.regularizers if arch.endswith("lcnn") or "curvature" not in name]
-    variants: dict[str, Callable[[], None]] = {}
-    for name in chosen:
-        variants[f"textbook {name}"] = textbook_step(arch, name, flags)
-        variants[f"ours {name}"] = our_step(arch, name, flags)
-    alone, operations = convolutions(arch, flags)
-    seconds = interleaved(variants | alone, flags.rounds)
-    print(f"\n{arch}: one pass of its convolutions over {flags.batch_size} images is {operations:.1f} GFLOP")
-    print(f"{'':<22}{'seconds a step':>24}{'':>9}{'images/s':>9}{'floor':>8}{'ours /':>8}{'peak MiB':>18}")
-    columns = ("textbook", "ours", "ratio", "ours", "s", "floor", "textbook", "ours")
-    print(f"{'':<22}" + "".join(f"{c:>{w}}" for c, w in zip(columns, (12, 12, 9, 9, 8, 8, 10, 8), strict=True)))
-    for name in chosen:
-        theirs, ours = seconds[f"textbook {name}"], seconds[f"ours {name}"]
-        least = floor(PASSES_OF[name], seconds)
-        memory = [peak_memory(who, arch, name, flags) for who in ("textbook", "ours")]
-        print(
-            f"  {name:<20}{theirs:>12.4g}{ours:>12.4g}{theirs / ours:>9.2f}{flags.batch_size / ours:>9.0f}"
-            f"{least:>8.3g}{ours / least:>8.2f}{memory[0]:>10.0f}{memory[1]:>8.0f}",
-            flush=True,
-        )
+def compare_costs(rounds: int, **values) -> None:
+    """Print seconds of a step of each method, and relative to Standard's."""
+    table = time_steps({row.title: method_flags(name, **values) for name, row in METHODS.items()}, rounds)
+    print("\nthe methods of the paper: a step, and its convolutions by themselves")
+    show(table.join(table / table.loc["Standard"], rsuffix=" / Standard's"))
 
 
-def compare_costs(flags: argparse.Namespace) -> None:
-    steps = {name: our_step(arch, loss, flags, attack) for name, (arch, loss, attack) in METHODS.items()}
-    alone, _ = convolutions("resnet18", flags)
-    seconds = interleaved(steps | alone, flags.rounds)
-    print(f"\n{'the methods of the paper':<28}{'seconds a step':>15}{'Standard = 1':>14}{'floor':>8}")
-    standard, least = seconds["Standard"], floor("plain", seconds)
-    for name, (_, loss, attack) in METHODS.items():
-        relative = floor("pgd" if attack else PASSES_OF[loss], seconds) / least
-        print(f"  {name:<26}{seconds[name]:>15.4g}{seconds[name] / standard:>14.2f}{relative:>8.2f}")
+def compare_precisions(rounds: int, **values) -> None:
+    """Print the gradient's error and seconds of a step in each precision, and the seconds with determinism."""
+    precisions = [p for p in PRECISIONS if p != "tf32" or values["device"].type == "cuda"]
+    names = ("standard", "gradreg", "cure", "lcnn", "lcnn_gradreg")
+    errors = {METHODS[name].title: gradient_errors(method_flags(name, **values), precisions) for name in names}
+    print("\nrelative error of the gradient")
+    show(pd.DataFrame(errors, index=precisions).T, "{:.1e}")
+    for name in ("standard", "lcnn_gradreg"):
+        rows = {precision: method_flags(name, precision=precision, **values) for precision in precisions}
+        rows["fp32, deterministic"] = method_flags(name, strong_determinism_wanted=True, **values)
+        print(f"\n{METHODS[name].title}: a step, and its convolutions in fp32 by themselves")
+        show(time_steps(rows, rounds))
 
 
-def compare_precisions(flags: argparse.Namespace) -> None:
-    """The gradient's error in every precision, and seconds a step: as a graph on CUDA, and deterministically."""
-    cuda = flags.device.type == "cuda"
-    precisions = [p for p in PRECISIONS if cuda or p != "tf32"]
-    print(f"\n{'relative error of the gradient':<44}" + "".join(f"{p:>10}" for p in precisions))
-    for arch, loss, _ in (METHODS[name] for name in ("Standard", "GradReg", "CURE", "LCNN", "LCNN + GradReg")):
-        errors = gradient_errors(arch, loss, precisions, flags)
-        print(f"  {arch + ' ' + loss:<42}" + "".join(f"{error:>10.1e}" for error in errors))
-    for arch, loss in (("resnet18", "none"), ("resnet18lcnn", "curvature_and_gnorm")):
-        variants = {precision: our_step(arch, loss, flags, False, precision) for precision in precisions}
-        variants["fp32, deterministic"] = deterministically(our_step(arch, loss, flags))
-        seconds = interleaved(variants, flags.rounds, warm_up=5 if cuda else 1)
-        print(f"\n{arch} {loss}: seconds a step, images/s")
-        for name, s in seconds.items():
-            print(f"  {name:<26}{s:>10.4g}{flags.batch_size / s:>10.0f}")
-
-
-def deterministically(step: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        benchmark = torch.backends.cudnn.benchmark
-        cli.seed_everything(0, strong_determinism=True)
-        step()
-        torch.set_deterministic_debug_mode("default")  # the variants take turns
-        torch.backends.cudnn.benchmark = benchmark
-
-    return run
-
-
-def gradient_errors(arch: str, loss: str, precisions: list[str], flags: argparse.Namespace) -> list[float]:
+def gradient_errors(flags: argparse.Namespace, precisions: list[str]) -> list[float]:
     """||gradient - gradient in float64|| / ||gradient in float64|| over all parameters, at the first step."""
-    original, (images, labels) = our_model(arch, flags), batch(flags)
 
     def gradient(precision: str, dtype: torch.dtype) -> Tensor:
-        model = copy.deepcopy(original).to(dtype)
-        set_precision(model, precision, flags.device)
-        Gradients(regularizers[loss](model, build_parser().parse_args([])), model)(images.to(dtype), labels)
-        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+        training = Training(argparse.Namespace(**vars(flags) | {"precision": precision}), dtype)
+        training.gradients(training.images, training.labels)
+        return torch.cat([p.grad.flatten().double() for p in training.model.parameters()])
 
     truth = gradient("fp32", torch.float64)
-    return [((gradient(p, torch.float32) - truth).norm() / truth.norm()).item() for p in precisions]
-
-
-def measured_memory(who: str, arch: str, regularizer: str, flags: argparse.Namespace) -> float:
-    step = {"textbook": textbook_step, "ours": our_step}[who](arch, regularizer, flags)
-    memory = PeakMemory(flags.device)
-    for _ in range(STEPS_FOR_MEMORY):
-        step()
-    return memory.taken()
-
-
-def peak_memory(who: str, arch: str, regularizer: str, flags: argparse.Namespace) -> float:
-    if flags.device.type == "cuda":
-        return measured_memory(who, arch, regularizer, flags)
-    command = [sys.executable, __file__, "--memory-of", who, arch, regularizer, "--batch-size", str(flags.batch_size)]
-    command += ["--device", str(flags.device)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return [float((gradient(p, torch.float32) - truth).norm() / truth.norm()) for p in precisions]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    archs = ["resnet18", "resnet18lcnn"]
-    parser.add_argument("--archs", nargs="*", default=archs, choices=archs)
-    parser.add_argument(
-        "--regularizers", nargs="+", default=["none", "gnorm", "curvature", "curvature_and_gnorm", "cure"]
-    )
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    archs, losses = ["resnet18", "resnet18lcnn"], ["none", "gnorm", "curvature", "curvature_and_gnorm", "cure"]
+    parser.add_argument("--archs", nargs="*", default=archs, choices=archs, help="compared with the textbook's")
+    parser.add_argument("--regularizers", nargs="+", default=losses, help="of these comparisons")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each variant")
-    parser.add_argument("--device", type=cli.device, default="auto")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--device", type=cli.device, default="auto", help="cpu, cuda, ...")
     flags = parser.parse_args()
     torch.set_flush_denormal(True)  # as in training
-    if flags.memory_of:
-        print(measured_memory(*flags.memory_of, flags))
-        return
-    cli.seed_everything(0, strong_determinism=False)
-    where = torch.cuda.get_device_name() if flags.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}, batches of {flags.batch_size}, {flags.rounds} rounds")
+    print(f"{machine(flags.device)}, batches of {flags.batch_size}, {flags.rounds} rounds")
+    values = {"batch_size": flags.batch_size, "device": flags.device}
     for arch in flags.archs:
-        compare_with_textbook(arch, flags)
-    compare_costs(flags)
-    compare_precisions(flags)
+        compare_with_textbook(arch, flags.regularizers, flags.rounds, **values)
+    compare_costs(flags.rounds, **values)
+    compare_precisions(flags.rounds, **values)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -34,32 +35,28 @@ class Method(NamedTuple):
 
     title: str
     arch_suffix: str  # of the name in models/model_selector.py
-    training: str  # flags of train_models.py
+    training: dict  # values of train_models.py's flags
+    quick: dict  # the same, which --quick adds where they are not given
 
 
+# with --quick, a low-curvature network bears a weight of the gradient norm at which a standard one has not learnt much
+# after so few epochs; CURE's factor is a hundredth of G's
 METHODS = {
-    "standard": Method("Standard", "", ""),
-    "lcnn": Method("LCNN", "lcnn", "--regularizer curvature"),
-    "gradreg": Method("GradReg", "", "--regularizer gnorm"),
-    "lcnn_gradreg": Method("LCNN + GradReg", "lcnn", "--regularizer curvature_and_gnorm"),
-    "cure": Method("CURE", "", "--regularizer cure"),
-    "softplus_wd": Method("Softplus + weight decay", "lowbeta", ""),
-    "adversarial": Method("Adversarial training", "", "--adversarial-training"),
+    "standard": Method("Standard", "", {}, {}),
+    "lcnn": Method("LCNN", "lcnn", {"regularizer": "curvature"}, {}),
+    "gradreg": Method("GradReg", "", {"regularizer": "gnorm"}, {"reg_gnorm": 3e-4}),
+    "lcnn_gradreg": Method("LCNN + GradReg", "lcnn", {"regularizer": "curvature_and_gnorm"}, {"reg_gnorm": 1e-2}),
+    "cure": Method("CURE", "", {"regularizer": "cure"}, {"reg_gnorm": 1e-2}),
+    "softplus_wd": Method("Softplus + weight decay", "lowbeta", {}, {}),
+    "adversarial": Method("Adversarial training", "", {"adversarial_training": True}, {}),
 }
 
-# What --quick stands for; flags given beside it come later, and win.
-QUICK = {
-    "comparison": "--num-samples 64 --split test --pgd-steps 10 --restarts 1",
-    # so few steps need BatchNorm statistics that follow them, see README, "Short low-curvature runs"
-    "training": "--dataset digits --num-epochs 5 --batch-size 32 --lr 0.05 --bn-momentum 0.5 --calibrate-batchnorm",
-    # flags of evaluate_robustness.py: on these images larger distances tell more
-    "robustness": "--eps-l2 0.2 0.5 1 --eps-linf 4/255 16/255 --deltas 0.1 0.5 --draws 2",
-    # training flags of single methods: a low-curvature network bears a weight of the gradient norm at which a standard
-    # one has not learnt much after so few epochs; CURE's factor is a hundredth of G's
-    "gradreg": "--reg-gnorm 3e-4",
-    "lcnn_gradreg": "--reg-gnorm 1e-2",
-    "cure": "--reg-gnorm 1e-2",
-}
+# --quick: what takes the place of the defaults; so few steps need BatchNorm statistics that follow them
+QUICK_TRAINING = {"dataset": "digits", "num_epochs": 5, "batch_size": 32, "lr": 0.05}
+QUICK_TRAINING |= {"bn_momentum": 0.5, "calibrate_batchnorm": True}
+QUICK_MEASURING = {"num_samples": 64, "split": "test", "pgd_steps": 10, "restarts": 1, "draws": 2}
+# on these images larger distances tell more
+QUICK_MEASURING |= {"eps_l2": [0.2, 0.5, 1.0], "eps_linf": [4 / 255, 16 / 255], "deltas": [0.1, 0.5]}
 
 # flags of train_models.py that make the methods or are the driver's own affair
 RESERVED = ("--regularizer", "--adversarial-training", "--no-adversarial-training", "--resume", "--overwrite")
@@ -68,47 +65,32 @@ NOT_SETTINGS = MACHINE_FLAGS | {"data_dir", "model_filename", "output", "plot", 
 
 
 class Parser(cli.Parser):
-    """Leaves the flags it does not know in ``flags.training``, for train_models.py; --quick's come before all."""
+    """Leaves what it does not know in ``flags.training``, for train_models.py."""
 
     def parse_args(self, args=None, namespace=None):
-        arguments = list(sys.argv[1:] if args is None else args)
-        flags, training = self.parse_known_args(arguments, namespace)
+        flags, training = self.parse_known_args(args, namespace)
         if flags.quick:
-            flags, _ = self.parse_known_args([*QUICK["comparison"].split(), *arguments])
-        flags.training = training
-        return flags
+            self.set_defaults(**QUICK_MEASURING)
+            flags, training = self.parse_known_args(args, namespace)
+        return argparse.Namespace(**vars(flags), training=training)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="compare_methods",
         description=__doc__.splitlines()[0],
-        epilog="Every other flag is one of train_models.py's and goes to every training run: --dataset, --data-dir, "
-        "--download, --image-size, --num-epochs, --batch-size, --lr, --reg-gnorm, --reg-beta, --reg-gamma, "
-        "--bn-momentum, --calibrate-batchnorm, ...; see its --help.",
+        epilog="Every other flag is one of train_models.py's and goes to every training run; see its --help.",
     )
+    methods = f"of {', '.join(METHODS)} (default: all)"
     what = parser.add_argument_group("what to compare")
     what.add_argument("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
-    what.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (default: all)",
-    )
+    what.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=methods)
     what.add_argument("--model-arch", choices=("resnet18", "resnet34", "vgg11"), default="resnet18", help="the network")
-    what.add_argument(
-        "--num-seeds", type=cli.positive_int, default=1, help="runs of each method, of consecutive seeds from --seed on"
-    )
+    what.add_argument("--num-seeds", type=cli.positive_int, default=1, help="runs of each method; seeds from --seed on")
     how = parser.add_argument_group("how to measure")
     how.add_argument("--split", choices=("test", "both"), default="both", help="which examples' curvature")
     how.add_argument("--num-samples", type=cli.positive_int, help="examples of each split (default: 0.1 of it)")
-    how.add_argument(
-        "--num-power-iter",
-        type=cli.positive_int,
-        default=40,
-        help="most Hessian-vector products; low-curvature networks need 20 to 40",
-    )
+    how.add_argument("--num-power-iter", type=cli.positive_int, default=40, help="most Hessian-vector products")
     how.add_argument("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of the attack")
     how.add_argument("--restarts", type=cli.positive_int, default=3, help="its random starts")
     how.add_argument("--autoattack", action="store_true", help="attack with AutoAttack too; far slower")
@@ -117,33 +99,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def training_flags(flags: argparse.Namespace, method: str, *more: str) -> argparse.Namespace:
-    """The flags of train_models.py for a method, as its own command line would have them."""
-    arguments = ["--model-arch", flags.model_arch + METHODS[method].arch_suffix, *METHODS[method].training.split()]
+def training_flags(flags: argparse.Namespace, method: str, **values) -> argparse.Namespace:
+    """The flags of train_models.py: the method's and ``values``, those given, --quick's, and the defaults, in turn."""
+    row = METHODS[method]
+    parser = train_models.build_parser()
     if flags.quick:
-        arguments += [*QUICK["training"].split(), *QUICK.get(method, "").split()]
-    arguments += ["--prng-seed", str(flags.prng_seed), "--device", str(flags.device), *flags.training]
-    return train_models.build_parser().parse_args([*arguments, *more])
+        parser.set_defaults(**QUICK_TRAINING | row.quick)
+    own = {"model_arch": flags.model_arch + row.arch_suffix, "prng_seed": flags.prng_seed, "device": flags.device}
+    return argparse.Namespace(**vars(parser.parse_args(flags.training)) | own | row.training | values)
 
 
-def measuring_arguments(flags: argparse.Namespace) -> list[str]:
-    """What estimate_curvature.py and evaluate_robustness.py are both told: the same examples for every run."""
-    arguments = ["--prng-seed", str(flags.prng_seed), "--device", str(flags.device)]
-    return arguments + (["--num-samples", str(flags.num_samples)] if flags.num_samples else [])
-
-
-def curvature_flags(flags: argparse.Namespace, *more: str) -> argparse.Namespace:
-    """The flags of estimate_curvature.py."""
-    arguments = ["--split", flags.split, "--num-power-iter", str(flags.num_power_iter), *measuring_arguments(flags)]
-    return estimate_curvature.build_parser().parse_args([*arguments, *more])
-
-
-def robustness_flags(flags: argparse.Namespace, *more: str) -> argparse.Namespace:
-    """The flags of evaluate_robustness.py."""
-    arguments = QUICK["robustness"].split() if flags.quick else []
-    arguments += ["--pgd-steps", str(flags.pgd_steps), "--restarts", str(flags.restarts), *measuring_arguments(flags)]
-    arguments += ["--autoattack"] if flags.autoattack else []
-    return evaluate_robustness.build_parser().parse_args([*arguments, *more])
+def measuring_flags(script: ModuleType, flags: argparse.Namespace, **values) -> argparse.Namespace:
+    """The flags of a script that measures: ``values``, the comparison's of the same names, and the defaults, in turn."""
+    defaults = vars(script.build_parser().parse_args([]))
+    shared = {name: value for name, value in vars(flags).items() if name in defaults and name != "model_arch"}
+    return argparse.Namespace(**defaults | shared | values)
 
 
 def comparison_settings(flags: argparse.Namespace) -> dict:
@@ -152,13 +122,13 @@ def comparison_settings(flags: argparse.Namespace) -> dict:
     Which methods and how many seeds is left open: they may be added to a comparison later.
     """
     scripts = {f"train_models.py, {method}": training_flags(flags, method) for method in METHODS}
-    scripts["estimate_curvature.py"] = curvature_flags(flags)
-    scripts["evaluate_robustness.py"] = robustness_flags(flags)
+    scripts["estimate_curvature.py"] = measuring_flags(estimate_curvature, flags)
+    scripts["evaluate_robustness.py"] = measuring_flags(evaluate_robustness, flags, split="test")
     settings = {
         script: {name: value for name, value in vars(chosen).items() if name not in NOT_SETTINGS}
         for script, chosen in scripts.items()
     }
-    chosen = scripts["train_models.py, standard"]
+    chosen = training_flags(flags, "standard")
     data = load_dataset(chosen.dataset, chosen.data_dir, chosen.image_size, chosen.download)
     settings["data"] = {"fingerprint": data.fingerprint(), "image_size": data.test.images.shape[-1]}
     return json.loads(json.dumps(settings, default=str))  # as they will be read back
@@ -170,19 +140,15 @@ def check_same_settings(path: Path, settings: dict) -> None:
         recorded = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a comparison's settings; name another --output-dir") from error
-    remedy = "give the same flags, or another --output-dir"
     for script, flags in settings.items():
-        theirs = recorded.get(script, {})
-        for name in sorted(theirs.keys() | flags.keys()):
-            if theirs.get(name) == flags.get(name):
+        for name, value in flags.items():
+            theirs = recorded.get(script, {}).get(name)
+            if theirs == value:
                 continue
-            if script == "data":
-                raise UsageError(f"{path}: this comparison was started on other data; {remedy}")
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{path}: this comparison was started with {flag} {theirs.get(name)}, not {flags.get(name)} "
-                f"({script}); {remedy}"
-            )
+            flag = f"--{name.replace('_', '-')}"
+            difference = "on other data" if script == "data" else f"with {flag} {theirs}, not {value} ({script})"
+            remedy = "give the same flags, or another --output-dir"
+            raise UsageError(f"{path}: this comparison was started {difference}; {remedy}")
 
 
 def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> None:
@@ -190,17 +156,17 @@ def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> No
     if run.is_finished():
         print(f"{run.folder} is finished")
         return
-    training = training_flags(flags, method, "--prng-seed", str(seed), "--output-dir", str(run.folder), "--resume")
-    where = ["--model-filename", str(train_models.train(training)), "--data-dir", training.data_dir]
-    torch.set_deterministic_debug_mode("default")  # as the other scripts have it, where training has set it
+    training = training_flags(flags, method, prng_seed=seed, output_dir=run.folder, resume=True)
+    subject = {"model_filename": [str(train_models.train(training))], "data_dir": training.data_dir}
     if not run.curvature.exists():
         # written after each split: it gets its name when it is whole
         unfinished = run.curvature.with_name("curvature.unfinished.csv")
-        estimate_curvature.estimate(curvature_flags(flags, *where, "--output", str(unfinished)))
+        estimate_curvature.estimate(measuring_flags(estimate_curvature, flags, output=unfinished, **subject))
         os.replace(unfinished, run.curvature)
     if not run.robustness.exists():
-        output = str(run.robustness.with_suffix(".csv"))
-        evaluate_robustness.evaluate(robustness_flags(flags, *where, "--output", output))
+        output = run.robustness.with_suffix(".csv")
+        attack = measuring_flags(evaluate_robustness, flags, split="test", output=output, **subject)
+        evaluate_robustness.evaluate(attack)
 
 
 def all_runs(output_dir: Path) -> dict[str, list[Run]]:
