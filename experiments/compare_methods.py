@@ -110,7 +110,7 @@ def training_flags(flags: argparse.Namespace, method: str, **values) -> argparse
 
 
 def measuring_flags(script: ModuleType, flags: argparse.Namespace, **values) -> argparse.Namespace:
-    """The flags of a script that measures: ``values``, the comparison's of the same names, and the defaults, in turn."""
+    """The flags of a script: ``values``, the comparison's flags of the same names, and the defaults, in turn."""
     defaults = vars(script.build_parser().parse_args([]))
     shared = {name: value for name, value in vars(flags).items() if name in defaults and name != "model_arch"}
     return argparse.Namespace(**defaults | shared | values)
@@ -169,11 +169,10 @@ def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> No
         evaluate_robustness.evaluate(attack)
 
 
-def all_runs(output_dir: Path) -> dict[str, list[Run]]:
-    """Title of a method -> its finished runs, those of earlier calls included."""
-    folders = {method.title: sorted((output_dir / name).glob("seed*")) for name, method in METHODS.items()}
-    runs = {title: [Run(folder) for folder in found if Run(folder).is_finished()] for title, found in folders.items()}
-    return {title: found for title, found in runs.items() if found}
+def finished_runs(output_dir: Path) -> list[Run]:
+    """Those of earlier calls included."""
+    folders = [(m.title, folder) for name, m in METHODS.items() for folder in sorted((output_dir / name).glob("seed*"))]
+    return [run for run in (Run(title, folder) for title, folder in folders) if run.is_finished()]
 
 
 def compare(flags: argparse.Namespace) -> None:
@@ -198,9 +197,9 @@ def compare(flags: argparse.Namespace) -> None:
     todo = [(method, seed) for seed in seeds for method in METHODS if method in (flags.methods or METHODS)]
     for number, (method, seed) in enumerate(todo, start=1):
         print(f"[{number}/{len(todo)}] {method} seed {seed}", flush=True)
-        carry_out(Run(flags.output_dir / method / f"seed{seed}"), method, seed, flags)
-        write_tables(flags.output_dir, all_runs(flags.output_dir), settings)
-    draw_figures(flags.output_dir, all_runs(flags.output_dir))
+        carry_out(Run(METHODS[method].title, flags.output_dir / method / f"seed{seed}"), method, seed, flags)
+        write_tables(flags.output_dir, finished_runs(flags.output_dir), settings)
+    draw_figures(flags.output_dir, finished_runs(flags.output_dir))
     two_moons.draw(flags.output_dir / "two_moons.png", two_moons.NOISE, flags.prng_seed)
     print(f"\n{(flags.output_dir / 'table.md').read_text()}\nsaved in {flags.output_dir}")
 

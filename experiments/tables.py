@@ -1,20 +1,16 @@
 """The tables and figures of a comparison, from the files of its runs."""
 
-import csv
 import json
-import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
-from curvature.pictures import plot_measurements
-from curvature.results import QUANTITIES, Measurement, read_measurements, summarize
-from experiments.robustness import ATTACKS, STABILITY, plot_robustness
-from utils.errors import UserError
-from utils.files import write_atomically, write_csv
+from curvature.pictures import plot_results
+from curvature.results import QUANTITIES, averaged, read_results
+from experiments.robustness import ATTACKS, STABILITY, plot_robustness, summarize
+from utils.files import write_atomically
 
 # columns of table.csv, each followed by its standard deviation over seeds, and their headings in table.md
 COLUMNS = {
@@ -24,13 +20,15 @@ COLUMNS = {
     "test_accuracy": "test accuracy, %",
     "cost": "training cost",
 }
+COUNTS = ["examples", "averaged", "converged"]  # its last columns, over all seeds
 
 
 @dataclass(frozen=True)
 class Run:
     """The files of one training run and of its measurements."""
 
-    folder: Path
+    method: str
+    folder: Path  # named by the seed
 
     @property
     def curvature(self) -> Path:
@@ -44,117 +42,84 @@ class Run:
         """Whether it is trained and measured: both files are written as a whole, and after training."""
         return self.curvature.exists() and self.robustness.exists()
 
-    def measurements(self) -> list[Measurement]:
-        """One for each split."""
-        return read_measurements(self.curvature)
+    def results(self) -> pd.DataFrame:
+        """A row for each example, with the run's method and seed."""
+        return read_results(self.curvature).assign(method=self.method, seed=self.folder.name)
+
+    def training(self) -> dict:
+        """Its last test accuracy, and the median of its epochs' seconds."""
+        (path,) = self.folder.glob("*_metrics.csv")
+        metrics = pd.read_csv(path)
+        numbers = {"test_accuracy": metrics["test_accuracy"].iloc[-1], "seconds": metrics["seconds"].median()}
+        return {"method": self.method, "seed": self.folder.name, **numbers}
 
     def report(self) -> dict:
-        """What evaluate_robustness.py wrote: its settings, and what it found."""
-        try:
-            return json.loads(self.robustness.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.robustness} cannot be read; delete it, and it is made again") from error
-
-    def robustness_summary(self) -> dict:
-        """accuracy; robust_accuracy by attack and eps; stability by kind and delta. See experiments/robustness.py."""
-        (model,) = self.report()["models"]
-        return {name: model[name] for name in ("accuracy", "robust_accuracy", "stability")}
-
-    def metrics(self) -> list[dict[str, str]]:
-        """One row for each epoch."""
-        (path,) = self.folder.glob("*_metrics.csv")
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-
-    def seconds_per_epoch(self) -> float:
-        return statistics.median(float(row["seconds"]) for row in self.metrics())
+        """What evaluate_robustness wrote: its settings, and a summary of the one model."""
+        return json.loads(self.robustness.read_text())
 
 
-Runs = dict[str, list[Run]]  # method -> its runs, one for each seed
+def curvature_table(runs: list[Run]) -> pd.DataFrame:
+    """table.csv: a row for each method and split; every number is a mean over examples first, then over seeds."""
+    results = pd.concat([run.results() for run in runs])
+    results = results.assign(examples=1, averaged=averaged(results))
+    results["converged"] &= results["averaged"]
+    results[list(QUANTITIES)] = results[list(QUANTITIES)].where(results["averaged"])
+    numbers = dict.fromkeys(QUANTITIES, "mean") | dict.fromkeys(COUNTS, "sum")
+    by_seed = results.groupby(["method", "split", "seed"]).agg(numbers).reset_index()
+
+    training = pd.DataFrame([run.training() for run in runs])
+    standard = training[training["method"] == "Standard"].set_index("seed")["seconds"]
+    training["cost"] = training["seconds"] / training["seed"].map(standard)
+    groups = training.merge(by_seed).groupby(["method", "split"], sort=False)
+    over_seeds = groups[list(COLUMNS)].agg(["mean", "std"])  # the latter with n - 1: NaN where there is one seed
+    over_seeds.columns = [name if number == "mean" else f"{name}_sd" for name, number in over_seeds.columns]
+    return pd.concat([groups.size().rename("seeds"), over_seeds, groups[COUNTS].sum()], axis=1).reset_index()
 
 
-def mean_and_sd(name: str, values: Sequence[float]) -> dict[str, float | str]:
-    """Two cells of a table: the mean, and the standard deviation over seeds (n - 1); empty where there is none."""
-    values = [value for value in values if math.isfinite(value)]  # NaN: a seed with nothing to average
-    return {
-        name: statistics.fmean(values) if values else "",
-        f"{name}_sd": statistics.stdev(values) if len(values) > 1 else "",
-    }
+def robustness_table(runs: list[Run]) -> pd.DataFrame:
+    """robustness.csv: a row for each method, accuracy or stability, kind of it, and size of the change."""
+    rows = []
+    for run in runs:
+        (summary,) = run.report()["models"]
+        for attack, accuracies in summary["robust_accuracy"].items():
+            by_eps = {"0": summary["accuracy"], **accuracies}
+            rows += [(run.method, "accuracy", attack, eps, value) for eps, value in by_eps.items()]
+        for quantity, changes in summary["stability"].items():
+            rows += [(run.method, "stability", quantity, delta, change["mean"]) for delta, change in changes.items()]
+    keys = ["method", "measure", "kind", "size"]
+    table = pd.DataFrame(rows, columns=[*keys, "value"]).astype({"value": float})  # None where all gradients were zero
+    return table.groupby(keys, sort=False)["value"].agg(seeds="count", mean="mean", mean_sd="std").reset_index()
 
 
-def format_mean_and_sd(row: dict, name: str) -> str:
-    """mean ± sd in a cell for the reader."""
-    mean, sd = row[name], row[f"{name}_sd"]
-    return "" if mean == "" else f"{mean:.4g}" if sd == "" else f"{mean:.4g} ± {sd:.2g}"
+def mean_and_sd(rows: pd.DataFrame, name: str) -> list[str]:
+    """A column for the reader: mean ± sd, or as much of it as there is."""
+    means, sds = rows[name].map("{:.4g}".format, "ignore"), rows[f"{name}_sd"].map(" ± {:.2g}".format, "ignore")
+    return list(means.fillna("") + sds.fillna(""))
 
 
-def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    heads = list(heads)
-    lines = [heads, ["---"] * len(heads), *rows]
+def markdown(columns: dict[str, list[str]]) -> str:
+    """A table with these headings."""
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def curvature_rows(runs: Runs) -> list[dict]:
-    """A row of table.csv for each method and split; every number is a mean over examples first, then over seeds."""
-    standard = {run.folder.name: run.seconds_per_epoch() for run in runs.get("Standard", [])}
-    rows = []
-    for method, of_method in runs.items():
-        accuracies = [float(run.metrics()[-1]["test_accuracy"]) for run in of_method]
-        costs = [
-            run.seconds_per_epoch() / standard[run.folder.name] for run in of_method if run.folder.name in standard
-        ]
-        measurements = [measurement for run in of_method for measurement in run.measurements()]
-        for split in sorted({m.split for m in measurements}):  # test, train
-            summaries = [summarize(m) for m in measurements if m.split == split]
-            row = {"method": method, "split": split, "seeds": len(of_method)}
-            for quantity in QUANTITIES:
-                row |= mean_and_sd(quantity, [summary[quantity]["mean"] for summary in summaries])
-            row |= mean_and_sd("test_accuracy", accuracies) | mean_and_sd("cost", costs)
-            rows.append(row | {name: sum(s[name] for s in summaries) for name in ("examples", "averaged", "converged")})
-    return rows
-
-
-def flattened(summary: dict) -> dict[tuple[str, str, str], float | None]:
-    """(accuracy or stability, kind of it, size of the change) -> number; None where all gradients were zero."""
-    cells = {}
-    for attack, accuracies in summary["robust_accuracy"].items():
-        cells |= {("accuracy", attack, eps): value for eps, value in {"0": summary["accuracy"], **accuracies}.items()}
-    for kind, changes in summary["stability"].items():
-        cells |= {("stability", kind, delta): change["mean"] for delta, change in changes.items()}
-    return cells
-
-
-def robustness_rows(runs: Runs) -> list[dict]:
-    """A row of robustness.csv for each method and key of ``flattened``."""
-    rows = []
-    for method, of_method in runs.items():
-        found = [flattened(run.robustness_summary()) for run in of_method]
-        for measure, kind, size in found[0]:
-            values = [cells[measure, kind, size] for cells in found]
-            known = [value for value in values if value is not None]
-            head = {"method": method, "measure": measure, "kind": kind, "size": size, "seeds": len(known)}
-            rows.append(head | mean_and_sd("mean", known))
-    return rows
-
-
-def describe(runs: Runs, settings: dict) -> str:
+def describe(runs: list[Run], settings: dict) -> str:
     """What was compared, in a line for a caption."""
-    training = settings["train_models.py, standard"]
-    counts = sorted({len(of_method) for of_method in runs.values()})
+    training, size = settings["train_models.py, standard"], settings["data"]["image_size"]
+    counts = sorted(Counter(run.method for run in runs).values())
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    versions = {run.report()["settings"]["torch"] for of_method in runs.values() for run in of_method}
-    size = settings["data"]["image_size"]
+    versions = sorted({run.report()["settings"]["torch"] for run in runs})
     return (
         f"{training['model_arch']} on {training['dataset']} ({size} x {size}), {training['num_epochs']} epochs, "
-        f"{seeds} seed{'' if counts[-1] == 1 else 's'} a method, torch {', '.join(sorted(versions))}."
+        f"{seeds} seed{'' if counts[-1] == 1 else 's'} a method, torch {', '.join(versions)}."
     )
 
 
-def curvature_markdown(runs: Runs, rows: list[dict], settings: dict) -> str:
-    """table.md from the rows of table.csv."""
-    examples, averaged, converged = (sum(row[name] for row in rows) for name in ("examples", "averaged", "converged"))
+def curvature_markdown(table: pd.DataFrame, description: str) -> str:
+    """table.md."""
+    examples, averaged, converged = table[COUNTS].sum()
     caption = (
-        f"{describe(runs, settings)} Means over examples, f being the loss; ± is the standard deviation over seeds. "
+        f"{description} Means over examples, f being the loss; ± is the standard deviation over seeds. "
         "Test accuracy is over the whole test split; training cost is the time of an epoch relative to Standard's. "
         f"The curvature of {converged / max(1, averaged):.1%} of the examples converged"
     )
@@ -162,65 +127,45 @@ def curvature_markdown(runs: Runs, rows: list[dict], settings: dict) -> str:
     if averaged < examples:
         caption += f" Left out: {examples - averaged} whose gradient or Hessian is zero or not finite."
     parts = [caption]
-    for split in sorted({row["split"] for row in rows}):
-        of_split = [row for row in rows if row["split"] == split]
-        count = max(row["examples"] // row["seeds"] for row in of_split)
+    for split, rows in table.groupby("split"):
+        count = (rows["examples"] // rows["seeds"]).max()
+        columns = {title: mean_and_sd(rows, name) for name, title in COLUMNS.items()}
         parts.append(f"Gradient, Hessian and curvature at {count} {split} examples:")
-        cells = ([row["method"], *(format_mean_and_sd(row, name) for name in COLUMNS)] for row in of_split)
-        parts.append(markdown_table(["method", *COLUMNS.values()], cells))
+        parts.append(markdown({"method": rows["method"], **columns}))
     return "\n\n".join(parts) + "\n"
 
 
-def robustness_markdown(runs: Runs, rows: list[dict], settings: dict) -> str:
-    """robustness.md from the rows of robustness.csv."""
+def robustness_markdown(table: pd.DataFrame, description: str, settings: dict) -> str:
+    """robustness.md."""
     attack = settings["evaluate_robustness.py"]
-    parts = [f"{describe(runs, settings)} PGD: --pgd-steps {attack['pgd_steps']} --restarts {attack['restarts']}."]
-    for measure, kind in dict.fromkeys((row["measure"], row["kind"]) for row in rows):
-        cells = {(r["method"], r["size"]): r for r in rows if (r["measure"], r["kind"]) == (measure, kind)}
-        sizes = list(dict.fromkeys(size for _, size in cells))
+    parts = [f"{description} PGD: --pgd-steps {attack['pgd_steps']} --restarts {attack['restarts']}."]
+    for (measure, kind), rows in table.groupby(["measure", "kind"], sort=False):
+        title, symbol = f"Relative change of the {STABILITY.get(kind)}'s gradient under random changes", "delta"
         if measure == "accuracy":
             name, norm = kind.split("_")
             title, symbol = f"Accuracy in % under {ATTACKS[name][0]}, {norm}", "eps"
-        else:
-            title, symbol = f"Relative change of the {STABILITY[kind]}'s gradient under random changes", "delta"
-        parts.append(f"{title}:")
-        body = ([method, *(format_mean_and_sd(cells[method, size], "mean") for size in sizes)] for method in runs)
-        parts.append(markdown_table(["method", *(f"{symbol} {size}" for size in sizes)], body))
+        columns = {f"{symbol} {size}": mean_and_sd(cells, "mean") for size, cells in rows.groupby("size", sort=False)}
+        parts += [f"{title}:", markdown({"method": rows["method"].unique(), **columns})]
     return "\n\n".join(parts) + "\n"
 
 
-def write_tables(folder: Path, runs: Runs, settings: dict) -> None:
+def write_tables(folder: Path, runs: list[Run], settings: dict) -> None:
     """table.csv, table.md, robustness.csv and robustness.md of the finished runs."""
-    makers: dict[str, tuple[Callable, Callable]] = {
-        "table": (curvature_rows, curvature_markdown),
-        "robustness": (robustness_rows, robustness_markdown),
+    curvature, robustness, description = curvature_table(runs), robustness_table(runs), describe(runs, settings)
+    texts = {
+        "table.csv": curvature.to_csv(index=False, lineterminator="\n"),
+        "table.md": curvature_markdown(curvature, description),
+        "robustness.csv": robustness.to_csv(index=False, lineterminator="\n"),
+        "robustness.md": robustness_markdown(robustness, description, settings),
     }
-    for name, (make_rows, make_text) in makers.items():
-        rows = make_rows(runs)
-        write_csv(folder / f"{name}.csv", rows)
-        text = make_text(runs, rows, settings)
-        write_atomically(folder / f"{name}.md", text.encode())
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
 
 
-def pooled(measurements: Sequence[Measurement]) -> Measurement:
-    """The examples of all seeds as one measurement."""
-    columns = {name: np.concatenate([m.columns[name] for m in measurements]) for name in measurements[0].columns}
-    return Measurement(measurements[0].model, measurements[0].split, columns)
-
-
-def over_seeds(values: Sequence):
-    """The mean of numbers, or of nested dicts of them."""
-    if isinstance(values[0], dict):
-        return {key: over_seeds([value[key] for value in values]) for key in values[0]}
-    return statistics.fmean(math.nan if value is None else value for value in values)
-
-
-def draw_figures(folder: Path, runs: Runs) -> None:
-    """curvature.png, distributions over the test examples of all seeds; robustness.png, accuracy under attack."""
-    tests = {
-        method: pooled([m for run in of_method for m in run.measurements() if m.split == "test"])
-        for method, of_method in runs.items()
-    }
-    plot_measurements(folder / "curvature.png", list(tests.items()))
-    summaries = [over_seeds([run.robustness_summary() for run in of_method]) for of_method in runs.values()]
-    plot_robustness(folder / "robustness.png", list(runs), summaries)
+def draw_figures(folder: Path, runs: list[Run]) -> None:
+    """curvature.png, how it is distributed, and robustness.png; both over the test examples of all seeds."""
+    results = pd.concat([run.results() for run in runs]).query("split == 'test'")
+    plot_results(folder / "curvature.png", list(results.groupby("method", sort=False)))
+    examined = pd.concat([pd.read_csv(run.robustness.with_suffix(".csv")).assign(method=run.method) for run in runs])
+    summaries = {method: summarize(rows) for method, rows in examined.groupby("method", sort=False)}
+    plot_robustness(folder / "robustness.png", list(summaries), list(summaries.values()))

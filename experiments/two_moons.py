@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from curvature.estimate import CurvatureEstimate, estimate_curvature
+from curvature.estimate import estimate_curvature
 from models.layers import CenteredSoftplus
 from regularized_loss import CELoss, CurvatureAndGradientRegularizedLoss
 from utils import cli
@@ -26,17 +26,12 @@ REG_CONSTANTS = (3e-4, 0.0, 1e-2)  # of beta, gamma (there is no BatchNorm) and 
 
 
 class Result(NamedTuple):
-    """A trained network, and its test points measured."""
+    """A trained network, and how it does on the test points."""
 
     name: str
     model: nn.Module
-    accuracy: float  # on the test points, in percent
-    estimate: CurvatureEstimate
-
-    @property
-    def curvature(self) -> float:
-        """The mean of C over the test points."""
-        return self.estimate.curvature.mean().item()
+    accuracy: float  # in percent
+    curvature: float  # the mean of C
 
 
 def two_moons(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -53,66 +48,50 @@ def build_mlp(low_curvature: bool) -> nn.Sequential:
     The last layer of both is free: were it normalized too, the logits would have Lipschitz constant 1, and at the
     moons' distance of a few tenths the network could not be sure of anything.
     """
-
-    def hidden(inputs: int) -> list[nn.Module]:
+    layers = []
+    for inputs in (2, WIDTH):
         linear = nn.Linear(inputs, WIDTH)
-        return [spectral_norm(linear), CenteredSoftplus()] if low_curvature else [linear, nn.Softplus(beta=1000)]
-
-    return nn.Sequential(*hidden(2), *hidden(WIDTH), nn.Linear(WIDTH, 2)).double()
-
-
-def train(model: nn.Module, loss: CELoss, points: Tensor, classes: Tensor) -> None:
-    """Full-batch Adam; leaves the model in eval mode."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    model.train()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss.compute_loss(points, classes).backward()
-        optimizer.step()
-    model.eval()
+        layers += [spectral_norm(linear), CenteredSoftplus()] if low_curvature else [linear, nn.Softplus(beta=1000)]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 2)).double()
 
 
 def compare(noise: float, seed: int) -> list[Result]:
-    """Train both networks on the same points, and measure them on the same others."""
+    """Train both networks on the same points, and measure and print how they do on the same others."""
     points, classes = two_moons(NUM_TRAIN, noise, seed)
     test_points, test_classes = two_moons(NUM_TEST, noise, seed + 1)
     results = []
-    for low_curvature in (False, True):
+    for name in ("standard", "low-curvature"):
         torch.manual_seed(seed)
-        model = build_mlp(low_curvature)
-        loss = CurvatureAndGradientRegularizedLoss(model, REG_CONSTANTS) if low_curvature else CELoss(model)
-        train(model, loss, points, classes)
-        estimate = estimate_curvature(model, test_points, test_classes)
+        model = build_mlp(name == "low-curvature").train()
+        loss = CELoss(model) if name == "standard" else CurvatureAndGradientRegularizedLoss(model, REG_CONSTANTS)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss.compute_loss(points, classes).backward()
+            optimizer.step()
+        estimate = estimate_curvature(model.eval(), test_points, test_classes)
         accuracy = 100 * (estimate.predicted == test_classes).double().mean().item()
-        results.append(Result("low-curvature" if low_curvature else "standard", model, accuracy, estimate))
+        results.append(Result(name, model, accuracy, estimate.curvature.mean().item()))
+        print(f"two moons, {name}: test accuracy {accuracy:.1f} %, mean C {results[-1].curvature:.3g}")
     return results
 
 
-@torch.no_grad()
-def plot_boundaries(path: Path, results: Sequence[Result], points: Tensor, classes: Tensor) -> None:
+def draw(path: Path, noise: float, seed: int) -> None:
     """A panel for each network: the probability of class 1 as a map, where it is 1/2 as a line, training points."""
+    results = compare(noise, seed)
+    points, classes = (tensor.numpy() for tensor in two_moons(NUM_TRAIN, noise, seed))
     figure, axes = new_figure(len(results))
-    low, high = points.amin(0).numpy() - 0.5, points.amax(0).numpy() + 0.5
-    x, y = np.meshgrid(*np.linspace(low, high, 300).T)
+    x, y = np.meshgrid(*np.linspace(points.min(0) - 0.5, points.max(0) + 0.5, 300).T)
     grid = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))
     for axis, result in zip(axes, results, strict=True):
-        probability = result.model(grid).softmax(dim=1)[:, 1].reshape(x.shape).numpy()
+        probability = result.model(grid).detach().softmax(dim=1)[:, 1].reshape(x.shape).numpy()
         axis.contourf(x, y, probability, levels=np.linspace(0, 1, 21), cmap="RdBu", alpha=0.7)
         axis.contour(x, y, probability, levels=[0.5], colors="black")
-        axis.scatter(*points.T.numpy(), c=classes.numpy(), cmap="RdBu", edgecolors="black", s=18, linewidths=0.6)
+        axis.scatter(*points.T, c=classes, cmap="RdBu", edgecolors="black", s=18, linewidths=0.6)
         axis.set_title(f"{result.name}\ntest accuracy {result.accuracy:.1f} %, mean C {result.curvature:.3g}")
         axis.set(xticks=[], yticks=[])
     save_figure(figure, path)
-
-
-def draw(path: Path, noise: float, seed: int) -> list[Result]:
-    """Train, measure and print both networks, and draw their decision boundaries."""
-    results = compare(noise, seed)
-    for result in results:
-        print(f"two moons, {result.name}: test accuracy {result.accuracy:.1f} %, mean C {result.curvature:.3g}")
-    plot_boundaries(path, results, *two_moons(NUM_TRAIN, noise, seed))
     print(f"saved {path}")
-    return results
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,7 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-
     return cli.run(build_parser(), lambda flags: draw(flags.output, flags.noise, flags.prng_seed), argv)
 
 
