@@ -23,6 +23,7 @@ from data.batches import Split, training_batches
 from training.epoch import train_epoch
 from utils import cli, distributed
 from utils.plots import new_figure, save_figure
+from utils.precision import denormals_flushed
 
 METHODS = {"Standard": "standard", "LCNN + GradReg": "lcnn_gradreg"}
 
@@ -37,9 +38,8 @@ class Point(NamedTuple):
 
 def measure(point: Point, device_type: str) -> tuple[float, float]:
     """Seconds of an epoch, and MiB."""
-    torch.set_flush_denormal(True)  # as in training
     device = cli.device(device_type)  # each process its own
-    with distributed.process_group(device):
+    with distributed.process_group(device), denormals_flushed():  # as in training
         training = Training(method_flags(METHODS[point.method], batch_size=1, device=device))
         images = torch.randint(0, 256, (point.images, 3, SIZE, SIZE), dtype=torch.uint8)
         split = Split(images, torch.arange(point.images) % CLASSES).to(device)
@@ -47,7 +47,7 @@ def measure(point: Point, device_type: str) -> tuple[float, float]:
 
         def epoch(split: Split) -> None:
             batches = training_batches(split, point.batch_size, seed=0, epoch=1, **share)
-            train_epoch(training.model, training.gradients, training.optimizer, batches)
+            train_epoch(training.training_step, training.optimizer, batches)
 
         def one_step_and_an_epoch() -> None:
             nonlocal seconds

@@ -26,9 +26,9 @@ from models.model_selector import model_architecture
 from regularized_loss import regularizers
 from train_models import build_parser
 from training.attacks import PGD, adversarial_images
-from training.epoch import Gradients, build_optimizer
+from training.epoch import TrainingStep, build_optimizer
 from utils import cli
-from utils.precision import PRECISIONS, set_precision, set_tf32
+from utils.precision import PRECISIONS, autocast_to_bfloat16, denormals_flushed, determinism, tf32_allowed
 
 CLASSES, SIZE = 10, 32
 # how often a step passes over the convolutions: forward, for the input, for the weight; once where no other is named
@@ -53,35 +53,37 @@ class Training:
         torch.manual_seed(0)
         if flags.textbook:
             model = textbook.resnet18(flags.model_arch, CLASSES, SIZE).to(flags.device)
-            self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
         else:
             model = model_architecture[flags.model_arch](CLASSES, SIZE)
             model = model.to(flags.device, dtype, memory_format=torch.channels_last)
-            self.optimizer = build_optimizer(model, 1e-3, 0.9, 5e-4)
-        set_precision(model, flags.precision, flags.device)
         self.flags, self.model = flags, model.train()
-        self.gradients = Gradients(regularizers[flags.regularizer](model, flags), model)
+        loss = regularizers[flags.regularizer](model, flags)
+        self.training_step, self.optimizer = TrainingStep(loss), build_optimizer(loss, 1e-3, 0.9, 5e-4)
+        if flags.textbook:
+            self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        if flags.precision == "bf16":
+            autocast_to_bfloat16(model, flags.device.type)
         images = torch.rand(flags.batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         self.images = images.to(flags.device, dtype)
         self.labels = (torch.arange(flags.batch_size) % CLASSES).to(flags.device)
 
     def step(self) -> None:
-        set_tf32(self.flags.precision)  # here, as the variants take turns
-        cli.seed_everything(0, self.flags.strong_determinism_wanted)
-        self.optimizer.zero_grad()
-        images = self.images
-        if self.flags.adversarial_training:
-            images = adversarial_images(self.model, images, self.labels, PGD("l2", eps=0.1, steps=3, step_size=0.01))
-        terms = self.gradients(images, self.labels)
-        if self.flags.textbook:  # every term is read back
-            terms = {name: float(term) for name, term in terms.items()}
-        self.optimizer.step()
+        flags, images = self.flags, self.images
+        with tf32_allowed(flags.precision == "tf32"), determinism(flags.strong_determinism_wanted):
+            self.optimizer.zero_grad()
+            if flags.adversarial_training:
+                images = adversarial_images(self.model, images, self.labels, PGD("l2", 0.1, steps=3, step_size=0.01))
+            terms = self.training_step(images, self.labels)
+            if flags.textbook:  # every term is read back
+                terms = {name: float(term) for name, term in terms.items()}
+            self.optimizer.step()
 
 
 def step_memory(flags: argparse.Namespace) -> float:
     """MiB of two steps."""
     training = Training(flags)
-    return peak_memory(flags.device, lambda: (training.step(), training.step()))
+    with denormals_flushed():
+        return peak_memory(flags.device, lambda: (training.step(), training.step()))
 
 
 def convolutions(flags: argparse.Namespace) -> list[Callable[[], None]]:
@@ -165,7 +167,7 @@ def gradient_errors(flags: argparse.Namespace, precisions: list[str]) -> list[fl
 
     def gradient(precision: str, dtype: torch.dtype) -> Tensor:
         training = Training(argparse.Namespace(**vars(flags) | {"precision": precision}), dtype)
-        training.gradients(training.images, training.labels)
+        training.training_step(training.images, training.labels)
         return torch.cat([p.grad.flatten().double() for p in training.model.parameters()])
 
     truth = gradient("fp32", torch.float64)
@@ -181,13 +183,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timings of each variant")
     parser.add_argument("--device", type=cli.device, default="auto", help="cpu, cuda, ...")
     flags = parser.parse_args()
-    torch.set_flush_denormal(True)  # as in training
     print(f"{machine(flags.device)}, batches of {flags.batch_size}, {flags.rounds} rounds")
     values = {"batch_size": flags.batch_size, "device": flags.device}
-    for arch in flags.archs:
-        compare_with_textbook(arch, flags.regularizers, flags.rounds, **values)
-    compare_costs(flags.rounds, **values)
-    compare_precisions(flags.rounds, **values)
+    with denormals_flushed():  # as in training
+        for arch in flags.archs:
+            compare_with_textbook(arch, flags.regularizers, flags.rounds, **values)
+        compare_costs(flags.rounds, **values)
+        compare_precisions(flags.rounds, **values)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Files that are never half-written, and that are read with suspicion."""
 
 import contextlib
-import csv
 import glob
-import io
 import os
 import tempfile
 from pathlib import Path
@@ -53,12 +51,3 @@ def make_room(path: Path) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another place") from error
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows with the same keys as a CSV with one header; written atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
