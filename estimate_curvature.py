@@ -167,12 +167,7 @@ def estimate(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-
-    def command(flags: argparse.Namespace) -> None:
-        with distributed.process_group():
-            estimate(flags)
-
-    return cli.run(build_parser(), command, argv)
+    return cli.run(build_parser(), distributed.process_group()(estimate), argv)
 
 
 if __name__ == "__main__":

@@ -116,12 +116,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-
-    def command(flags: argparse.Namespace) -> None:
-        with distributed.process_group():
-            evaluate(flags)
-
-    return cli.run(build_parser(), command, argv)
+    return cli.run(build_parser(), distributed.process_group()(evaluate), argv)
 
 
 if __name__ == "__main__":
