@@ -98,8 +98,10 @@ def test_the_loss_only_grows_and_an_attack_does_not_depend_on_its_batch():
     images, labels = batch(40, 4)
     with prepared(model) as network, torch.no_grad():
         found = strongest(network, images, labels, attack, 3, generators(40))
-        before, after = (F.cross_entropy(network(x), labels, reduction="none") for x in (images, found))
-        assert (after >= before).all()
+        once = strongest(network, images, labels, attack, 1, generators(40))
+        losses = [F.cross_entropy(network(x), labels, reduction="none") for x in (images, once, found)]
+        assert (losses[0] <= losses[1]).all()
+        assert (losses[1] <= losses[2]).all()
         wrong = fooled(network, images, labels)
         assert wrong.any()
         assert torch.equal(found[wrong], images[wrong])  # nothing is to be done there
@@ -170,10 +172,13 @@ def test_adversarial_training_by_flag(norm, photographs, tmp_path, capsys, monke
     assert (tmp_path / "vgg11_gnorm_adversarial_imagefolder.pt").is_file()
 
 
-def test_projection():
+def test_projection_and_step():
     delta = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
     assert torch.allclose(project(delta, "l2", 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
     assert torch.allclose(project(delta, "linf", 0.35), torch.tensor([[0.35, 0.35], [0.3, 0.35], [0.0, 0.0]]))
+    images = torch.full((1, 4), 0.5)  # a step is 2.5 * eps / steps long unless told otherwise
+    assert torch.allclose(PGD("linf", 0.4, 10).step(images, images, torch.ones(1, 4)), images + 0.1)
+    assert torch.allclose(PGD("l2", 0.4, 10).step(images, images, torch.ones(1, 4)), images + 0.05)
 
 
 @pytest.mark.parametrize(
