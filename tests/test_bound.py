@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from curvature.estimate import estimate_curvature
@@ -143,62 +142,20 @@ def test_the_log_bound_does_not_overflow():
 
 
 # mild layers, for the bound is the tighter the smaller beta and gamma are
-@pytest.mark.parametrize("name", ["small", "vgg11lcnn"])
 @pytest.mark.parametrize(("beta", "gamma"), [(5.0, 10.0), (0.01, 0.8)])
-def test_the_measured_curvature_stays_below_the_bound(name, beta, gamma):
-    model = build(name)
+def test_the_measured_curvature_stays_below_the_bound(beta, gamma):
+    model = build("small")
     set_all(model, beta, gamma, variance=0.04)
-    size = 8 if name == "small" else 16
-    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(3))
-    labels = torch.tensor([0, 3, 5, 9])
-    estimate = estimate_curvature(model, images, labels, num_iterations=40)
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    estimate = estimate_curvature(model, images, torch.tensor([0, 3, 5, 9]), num_iterations=40)
     assert (estimate.curvature > 0).all()
     assert estimate.curvature.max().item() <= layer_table(model).bound
-
-
-def outputs_by_row(model: nn.Module, labels: torch.Tensor):
-    """The function x -> {row name: that layer's output}, the loss of one image under "cross-entropy"."""
-    names = {row.name for row in layer_table(model).rows}
-    seen = {}
-    for name, module in model.named_modules():
-        if name in names:
-            module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
-
-    def function(x):
-        seen.clear()
-        loss = F.cross_entropy(model(x), labels, reduction="sum")
-        return {**seen, "cross-entropy": loss}
-
-    return function
-
-
-@pytest.mark.parametrize("name", ["small", "vgg11lcnn"])
-def test_lipschitz_constants_bound_the_derivatives(name):
-    model = build(name)
-    generator = torch.Generator().manual_seed(1)
-    for norm in of_type(model, LipschitzBatchNorm2d):
-        norm.running_var.uniform_(0.2, 1, generator=generator)
-        norm.log_gamma.data.uniform_(0, 1.2, generator=generator)  # clips some
-    for conv in of_type(model, SpectralNormConv2d):
-        conv.power_iteration(100)
-    model.double().eval()
-    table = layer_table(model)
-    size = model.get_submodule("stem" if hasattr(model, "stem") else "features.0").conv.input_size
-    function = outputs_by_row(model, torch.tensor([3]))
-    for scale in (1, 30):  # far from the origin the activations are nearly linear, with slope 0 or 1
-        x = scale * torch.randn(1, 3, *size, dtype=torch.float64, generator=generator)
-        tangent = torch.randn(x.shape, dtype=torch.float64, generator=generator)
-        _, derivatives = torch.func.jvp(function, (x,), (tangent / tangent.norm(),))
-        assert set(derivatives) == {row.name for row in table.rows}
-        for row in table.rows:
-            assert derivatives[row.name].numel() == row.n
-            # the power iteration finds sigma to a few parts in a thousand, from below, in each of up to ten layers
-            assert derivatives[row.name].norm().item() <= row.lipschitz * 1.05, row.name
 
 
 @pytest.mark.parametrize("name", ["small", "vgg11lcnn"])
 def test_lipschitz_constants_are_reached_where_the_network_is_linear(name):
     """Random directions stay far below the constants; here no smaller ones would do, up to the logits."""
+    outputs = {}
     model = build(name, 16)
     set_all(model, beta=50.0, gamma=2.0, variance=0.04)
     for conv in of_type(model, SpectralNormConv2d):
@@ -218,9 +175,20 @@ def test_lipschitz_constants_are_reached_where_the_network_is_linear(name):
     x = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
     step = 8 if name == "small" else 16
     x[:, :, ::step, ::step] = 1
-    _, derivatives = torch.func.jvp(outputs_by_row(model, torch.tensor([3])), (x,), (x / x.norm(),))
-    for row in layer_table(model).rows[:-1]:
+    rows = layer_table(model).rows[:-1]
+    for row in rows:
+        model.get_submodule(row.name).register_forward_hook(
+            lambda module, inputs, output, name=row.name: outputs.update({name: output})
+        )
+
+    def every_output(x):
+        model(x)
+        return outputs
+
+    _, derivatives = torch.func.jvp(every_output, (x,), (x / x.norm(),))
+    for row in rows:
         assert derivatives[row.name].norm().item() == pytest.approx(row.lipschitz, rel=1e-5), row.name
+        assert derivatives[row.name].numel() == row.n
 
 
 def test_the_classifiers_norm_is_that_of_the_weight_in_use():

@@ -1,6 +1,5 @@
 """Batches, augmentation and the data sets: of odd or damaged files a correct result, or one line that names them."""
 
-import hashlib
 import pickle
 import random
 import shutil
@@ -15,7 +14,7 @@ from scipy.io import savemat
 
 import train_models
 from data.batches import Split, batches, random_crop_and_flip, to_pixels, training_batches
-from data.datasets import load_dataset, resize
+from data.datasets import DatasetEntry, ImageData, datasets, load_dataset, resize
 from utils.errors import UserError
 
 
@@ -212,17 +211,13 @@ def test_cifar_through_torchvision(name, class_name, count, tmp_path, monkeypatc
             load_dataset(name, tmp_path)
 
 
-def test_cifar_labels_out_of_range(tmp_path, monkeypatch):
-    write_cifar(tmp_path, monkeypatch, "CIFAR10")
-    dataset = torchvision.datasets.CIFAR10
-    name = dataset.test_list[0][0]
-    file = tmp_path / dataset.base_folder / name
-    content = pickle.loads(file.read_bytes())
-    for labels in ([0, 1, 10], [0, -1, 2]):
-        file.write_bytes(pickle.dumps(content | {"labels": labels}))
-        monkeypatch.setattr(dataset, "test_list", [[name, hashlib.md5(file.read_bytes()).hexdigest()]])
-        with pytest.raises(UserError, match=r"cifar10: the test labels .* there are 10 classes"):
-            load_dataset("cifar10", tmp_path)
+@pytest.mark.parametrize("labels", [[0, 1, 10], [0, -1, 2]])
+def test_labels_out_of_range(labels, monkeypatch):
+    test = Split(split_of(3).images, torch.tensor(labels))
+    data = ImageData(split_of(3), test, [str(i) for i in range(10)], flip=True)
+    monkeypatch.setitem(datasets, "cifar10", DatasetEntry(lambda *arguments: data, 8))
+    with pytest.raises(UserError, match=rf"cifar10: the test labels .* from {min(labels)} .* there are 10 classes"):
+        load_dataset("cifar10", "nowhere")
 
 
 def test_svhn_through_torchvision(tmp_path, monkeypatch):
