@@ -32,7 +32,7 @@ def derivatives(layer, x: torch.Tensor, parameters=()) -> tuple:
 
 def spectral_conv(*arguments, **keywords) -> SpectralNormConv2d:
     torch.manual_seed(0)
-    return SpectralNormConv2d(*arguments, **keywords).double()
+    return SpectralNormConv2d(*arguments, **keywords, dtype=torch.float64)
 
 
 # (kernel, stride, padding) of every convolution in the nets, with even and odd sizes, and some outside them
@@ -77,7 +77,7 @@ def test_spectral_norm_iterates_in_training_only():
 
 
 def test_spectral_norm_gradient_holds_u_and_v_constant():
-    """In training, too: sigma's gradient is u conv'(v), what autograd gives for <u, conv(v)>, u and v constants."""
+    """It is u conv'(v): what autograd gives for <u, conv(v)>."""
     conv = spectral_conv(2, 2, 3, stride=2, padding=1, bias=False, input_size=4).train()
     (gradient,) = grad(conv.spectral_norm(), conv.weight)
     (expected,) = grad((conv.u * conv._operator(conv.v)).sum(), conv.weight)

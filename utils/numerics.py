@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 RTOL = 1e-4  # of the largest logit: what the order of a sum, which varies on a GPU, may change
-
-
 # what random numbers are drawn with: one generator for all examples, one for each, or torch's global one
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -24,16 +22,14 @@ def draw_normal(like: Tensor, generator: Generators) -> Tensor:
 @contextmanager
 def frozen_in_eval(model: nn.Module) -> Iterator[None]:
     """The model in eval mode with no parameter requiring a gradient; every module's and parameter's state restored."""
-    training = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        model.eval().requires_grad_(False)
         yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        for module in training:
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 

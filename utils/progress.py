@@ -19,21 +19,15 @@ def progress(
     Both give the rate. ``size`` says how many of the ``total`` units an item is. Of several processes the first shows
     its progress.
     """
-    if rank() > 0:
-        yield from items
-        return
-    if sys.stderr.isatty():
-        with tqdm(desc=description, total=total, unit=f" {unit}", leave=False) as bar:
-            for item in items:
-                yield item
-                bar.update(size(item))
-        return
+    first = rank() == 0
     start = last_line = time.monotonic()
     done = 0
-    for item in items:
-        yield item
-        done += size(item)
-        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            rate = done / (last_line - start)
-            print(f"{description}: {done}/{total} {unit}, {rate:.3g} {unit}/s", file=sys.stderr, flush=True)
+    with tqdm(desc=description, total=total, unit=f" {unit}", leave=False, disable=None if first else True) as bar:
+        for item in items:
+            yield item
+            bar.update(size(item))
+            done += size(item)
+            if first and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                rate = done / (last_line - start)
+                print(f"{description}: {done}/{total} {unit}, {rate:.3g} {unit}/s", file=sys.stderr, flush=True)
