@@ -1,8 +1,8 @@
 """A trained network of ours folded to plain convolutions and activations, with its derivatives written out.
 
 In eval mode the spectral norm, BatchNorm with its clip, and the factors of the residual blocks are constants: they go
-into convolution weights and biases, once. What is left is affine maps and elementwise softplus activations s, and there
-a Hessian-vector product needs no general autograd. With z the input of an activation and a = dl/d(its output),
+into weights and biases, once. What is left is affine maps and elementwise softplus activations s: a Hessian-vector
+product needs no autograd. With z the input of an activation and a = dl/d(its output),
 
     the backward pass      dl/dz = s'(z) a        changes along a direction by      s''(z) a dz + s'(z) da.
 
@@ -87,7 +87,7 @@ class Softplus(Layer):
         one = z.new_ones(()).expand_as(z)
         slope = torch.ops.aten.softplus_backward(one, z, self.b, self.THRESHOLD)  # s' = sigmoid(b z), 1 where linear
         bend = torch.addcmul(slope, slope, slope, value=-1).mul_(self.b).mul_(a)  # s'' a, s'' = b (s' - s'^2)
-        kept[self] = slope, bend, z  # z's memory has room for s'' a dz: fresh memory costs as much as the product
+        kept[self] = slope, bend, z  # z's memory is for s'' a dz: fresh memory costs as much as the product
         return slope * a
 
     def tangent(self, dz, kept):
@@ -101,7 +101,7 @@ class Softplus(Layer):
 
 
 class MaxPool(Layer):
-    """The maximum of each 2 x 2 square; linear near the images at hand, where it picks always the same pixels."""
+    """The maximum of each 2 x 2 square; near the images at hand, a linear choice of pixels."""
 
     def forward(self, x, kept):
         y, picked = F.max_pool2d(x, 2, return_indices=True)
@@ -207,7 +207,7 @@ def require(known: bool) -> None:
 
 
 class FoldedLogits(torch.autograd.Function):
-    """A chain's logits as a function that autograd can differentiate, once, with respect to the images."""
+    """A chain's logits as a function of the images that autograd can differentiate, once."""
 
     @staticmethod
     def forward(ctx, images, chain):
@@ -217,14 +217,14 @@ class FoldedLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, a):
-        return ctx.chain.backward(a, dict(ctx.kept)), None  # a copy: several gradients of one output may be wanted
+        return ctx.chain.backward(a, dict(ctx.kept)), None  # a copy, for more gradients of it
 
 
 class FoldedNetwork:
-    """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes), layer by layer.
+    """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes).
 
-    Its logits can be differentiated with respect to the images, once; second derivatives go through ``chain``. It holds
-    copies of what it was made from: fold again when the network's weights have changed.
+    Autograd differentiates the logits once; second derivatives go through ``chain``. It holds copies: fold again when
+    the network's weights have changed.
     """
 
     def __init__(self, chain: Chain):
@@ -235,7 +235,7 @@ class FoldedNetwork:
 
 
 def fold_conv_norm(pair: nn.Sequential, before: float = 1.0, after: float = 1.0) -> Convolution:
-    """x -> after * norm(conv(before * x)), spectral norm and BatchNorm's clip included, as one plain convolution."""
+    """x -> after * norm(conv(before * x)) as one plain convolution."""
     require(list(dict(pair.named_children())) == ["conv", "norm"])
     conv, norm = pair.conv, pair.norm
     require(type(conv) in (nn.Conv2d, Conv2d, SpectralNormConv2d))

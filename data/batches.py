@@ -1,4 +1,4 @@
-"""Batches of pixels in [0, 1] from an in-memory split, made where the split lies, a whole batch at a time."""
+"""Batches of pixels in [0, 1] from a split in memory, made on its device."""
 
 import hashlib
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     size: int  # examples of the whole batch, over all processes
-    share: float  # this part of them; 0 for an example that only stands in where a process would have none
+    share: float  # this part of them; 0 for examples that stand in where a process would have none
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,10 +50,7 @@ def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """torchvision's RandomCrop(H, padding) and, if ``flip``, RandomHorizontalFlip, for a whole batch in one gather.
-
-    images is (N, C, H, W); the result has its shape and dtype.
-    """
+    """torchvision's RandomCrop(H, padding) and, if ``flip``, RandomHorizontalFlip of a batch (N, C, H, W)."""
     n, _, height, width = images.shape
     device = images.device
     dy, dx = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, device=device)
@@ -70,7 +67,7 @@ def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: to
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed of its own for each epoch: a resumed run shuffles and augments as if it had never stopped."""
+    """Each epoch's own seed: a resumed run shuffles and augments as if it had never stopped."""
     return (seed * 1_000_003 + epoch) % 2**63
 
 
@@ -79,10 +76,9 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Every process augments the whole batch and keeps every world_size-th example of it, so that what is trained on does
-    not depend on the number of processes. The last batch may be smaller than batch_size; a single example that is left
-    joins the batch before, as BatchNorm cannot be trained on one 1 x 1 image. The crop's padding is H / 8: the usual 4
-    at 32 x 32. Pixels are float32.
+    Every process augments the whole batch and keeps every world_size-th example: the images do not depend on the number
+    of processes. The last batch may be smaller; a single example joins the batch before, as BatchNorm cannot be
+    trained on one 1 x 1 image. The crop's padding is H / 8: 4 at 32 x 32. Pixels are float32.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)

@@ -1,4 +1,4 @@
-"""The data sets by name, each loaded once into uint8 tensors. ``--dataset`` and its help come from ``datasets``."""
+"""The data sets by name, each loaded once into uint8 tensors; ``datasets`` is where ``--dataset`` finds them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from utils.progress import progress
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory: two splits of the same image size, and the names of the classes the labels index."""
+    """A data set in memory: two splits, and the names of the classes their labels index."""
 
     train: Split
     test: Split
@@ -35,7 +35,7 @@ class ImageData:
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(n, 3, H, W) uint8 -> (n, 3, size, size) uint8, bilinear with antialiasing; unchanged where the size is right."""
+    """(n, 3, H, W) uint8 -> (n, 3, size, size) uint8, bilinear with antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
     resized = images.new_empty(len(images), 3, size, size)
@@ -54,10 +54,10 @@ def as_split(images: np.ndarray, labels, size: int) -> Split:
 
 @contextlib.contextmanager
 def explained(name: str, data_dir: Path, files: list[str], url: str, download: bool) -> Iterator[None]:
-    """Turn whatever torchvision raises into one line: which file is missing or damaged, and how to get it."""
+    """Turn whatever torchvision raises into one line: what is missing or damaged, and how to get it."""
     try:
         yield
-    except Exception as error:  # RuntimeError, URLError, EOFError, UnpicklingError, scipy's MatReadError, ...
+    except Exception as error:  # RuntimeError, URLError, UnpicklingError, scipy's MatReadError, ...
         how = f"unpack {url} under {data_dir}"
         missing = [file for file in files if not (data_dir / file).is_file()]
         if download:
@@ -72,7 +72,7 @@ def explained(name: str, data_dir: Path, files: list[str], url: str, download: b
 
 
 def load_cifar(class_name: str, data_dir: Path, size: int, download: bool) -> ImageData:
-    """CIFAR-10 or CIFAR-100 through torchvision's class of that name; 50,000 and 10,000 images of 32 x 32."""
+    """CIFAR-10 or CIFAR-100: 50,000 and 10,000 images of 32 x 32."""
     import torchvision
 
     dataset = getattr(torchvision.datasets, class_name)
@@ -84,7 +84,7 @@ def load_cifar(class_name: str, data_dir: Path, size: int, download: bool) -> Im
 
 
 def load_svhn(data_dir: Path, size: int, download: bool) -> ImageData:
-    """SVHN (cropped digits) through torchvision; 73,257 and 26,032 images of 32 x 32."""
+    """SVHN, cropped digits: 73,257 and 26,032 images of 32 x 32."""
     import torchvision
 
     dataset = torchvision.datasets.SVHN
@@ -97,10 +97,7 @@ def load_svhn(data_dir: Path, size: int, download: bool) -> ImageData:
 
 
 def load_digits(data_dir: Path, size: int, download: bool) -> ImageData:
-    """scikit-learn's 1,797 real handwritten digits (8 x 8 grey), enlarged; a fixed stratified 80/20 split.
-
-    They come with scikit-learn, so data_dir and download play no part.
-    """
+    """scikit-learn's 1,797 handwritten digits (8 x 8 grey), enlarged; a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -112,7 +109,7 @@ def load_digits(data_dir: Path, size: int, download: bool) -> ImageData:
 
 
 def read_image(path: str):
-    """The image at path as PIL's RGB. 16-bit greys keep their upper 8 bits: PIL itself would clip them to white."""
+    """The image at path as PIL's RGB; of 16-bit greys the upper 8 bits, where PIL would clip to white."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -146,7 +143,7 @@ def load_image_folder(root: Path, size: int) -> tuple[Split, list[str]]:
 
 
 def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
-    """Any images at data_dir/train/<class>/... and data_dir/test/<class>/..., through torchvision's ImageFolder.
+    """Any images at data_dir/train/<class>/... and data_dir/test/<class>/...
 
     Each is made RGB, its shorter side scaled to ``size``, and cut to the central square.
     """

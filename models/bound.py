@@ -5,8 +5,8 @@ For f = f_L o ... o f_1 with n_i the output dimension of f_i,
 Here the f_i with curvature are the centered softplus (C <= b = beta + 1e-3, Lip <= 1) and the cross-entropy; linear
 layers only enter the product. Of a residual block's two paths the larger constant counts (see ResidualBlock).
 
-This is the theorem's right-hand side. It shows which layers matter; it is not a certificate for every input: where the
-contributions of several units to the gradient cancel, the curvature, a ratio to that gradient, can exceed it.
+The bound shows which layers matter. It is no certificate for every input: where the units' contributions to the
+gradient cancel, the curvature, a ratio to that gradient, can exceed it.
 """
 
 import copy
@@ -29,16 +29,13 @@ CROSS_ENTROPY_LIPSCHITZ = CROSS_ENTROPY_CURVATURE = math.sqrt(2)
 
 @dataclass(frozen=True)
 class LayerRow:
-    """An activation with the convolution and BatchNorm that feed it; None for what the layer lacks.
-
-    A shortcut's convolution has no activation of its own, the classifier and the cross-entropy have no BatchNorm.
-    """
+    """An activation with the convolution and BatchNorm that feed it; None for what the layer lacks."""
 
     name: str  # dotted module path of the activation, shortcut or classifier
     lipschitz: float  # of the map from the network's input to this layer's output
     gamma: float | None = None
     spectral_norm: float | None = None  # of the convolution before its weight is divided by it
-    clip: float | None = None  # min(1, s * gamma), see LipschitzBatchNorm2d; below 1 gamma limits the BatchNorm
+    clip: float | None = None  # min(1, s * gamma); below 1 gamma limits the BatchNorm
     norm_lipschitz: float | None = None  # min(1/s, gamma), of the BatchNorm
     beta: float | None = None  # without the 1e-3
     n: int | None = None  # dimension of the layer's output: channels * height * width
@@ -58,19 +55,20 @@ class LayerTable:
 
 
 def walk(model: ResNet | VGG, log_constant: Callable[[nn.Sequential], Tensor]) -> Iterator[tuple]:
-    """Yield (name, layer, activation, log_lipschitz) for every convolution from input to output, then the classifier.
+    """Yield (name, layer, activation, log_lipschitz) for every convolution, from input to output.
 
     A layer is a convolution with its BatchNorm, whose log Lipschitz constant ``log_constant`` gives; ``log_lipschitz``
     is that of the map from the input to the activation's output. A shortcut has no activation, and is named itself.
-    Of the classifier only its name and the log_lipschitz of the map to its input are given.
+    Last comes the classifier, with the log_lipschitz of the map to its input.
     """
-    low_curvature = {SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus} <= {type(m) for m in model.modules()}
-    if not isinstance(model, ResNet | VGG) or not low_curvature:
-        raise ValueError(f"not a low-curvature network of this program (such as resnet18lcnn): {type(model).__name__}")
+    needed = {SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus}
+    if not isinstance(model, ResNet | VGG) or not needed <= {type(module) for module in model.modules()}:
+        name = type(model).__name__
+        raise ValueError(f"not a low-curvature network of this program (such as resnet18lcnn): {name}")
     total = torch.zeros((), device=next(model.parameters()).device)
     if isinstance(model, VGG):
         for (_, layer), (name, activation) in pairwise(model.features.named_children()):
-            if isinstance(activation, CenteredSoftplus):  # the poolings in between have Lipschitz constant 1
+            if isinstance(activation, CenteredSoftplus):  # poolings have Lipschitz constant 1
                 total = total + log_constant(layer)
                 yield f"features.{name}", layer, activation, total
     else:
@@ -96,8 +94,8 @@ def walk(model: ResNet | VGG, log_constant: Callable[[nn.Sequential], Tensor]) -
 def layer_table(model: ResNet | VGG) -> LayerTable:
     """beta, gamma and the terms of the curvature bound, as the network has them in eval mode.
 
-    The spectrally normalized convolutions count as Lipschitz constant 1, which they have up to their power iteration.
-    The model may be in any mode and on any device; it is not changed.
+    A normalized convolution counts as Lipschitz constant 1, which it has up to its power iteration. The model may be in
+    any mode and on any device; it is not changed.
 
     Raises:
         ValueError: if the model is not a low-curvature ResNet or VGG of this program.
@@ -107,8 +105,7 @@ def layer_table(model: ResNet | VGG) -> LayerTable:
         s = (layer.norm.running_var.min() + layer.norm.eps).sqrt()
         return torch.minimum(-s.log(), layer.norm.log_gamma)
 
-    # a copy, since in training mode merely reading the classifier's normalized weight changes its power iteration; on
-    # the CPU in float64, so that the numbers do not depend on the device
+    # a copy: merely reading the classifier's normalized weight changes it in training mode
     network = copy.deepcopy(model).cpu().double().eval()
     rows = []
     for name, layer, activation, log_lipschitz in walk(network, log_constant):
@@ -130,10 +127,10 @@ def layer_table(model: ResNet | VGG) -> LayerTable:
 
 
 def log_curvature_bound(model: ResNet | VGG) -> Tensor:
-    """log of the right-hand side of Theorem 1 from beta and gamma alone: a scalar to minimize, differentiable in both.
+    """log of Theorem 1's bound from beta and gamma alone: a scalar to minimize, differentiable in both.
 
-    As ``layer_table`` has it, but every BatchNorm counts with gamma, whether it is clipped or not, and every linear
-    layer with 1 (in a VGG the classifier too). A logsumexp of the terms' logarithms: the terms themselves overflow.
+    As in ``layer_table``, but every BatchNorm counts with gamma, clipped or not, and every linear layer with 1, in a
+    VGG the classifier too. A logsumexp of the terms' logarithms: the terms overflow.
 
     Raises:
         ValueError: if the model is not a low-curvature ResNet or VGG of this program.
@@ -148,7 +145,7 @@ def log_curvature_bound(model: ResNet | VGG) -> Tensor:
 
 
 def format_layers(table: LayerTable, measured_maximum: float | None = None) -> str:
-    """The table for a terminal, at most 110 columns; below it the bound, beside the largest curvature if one is given.
+    """The table for a terminal, at most 110 columns, and the bound beside the largest curvature measured, if any.
 
     "-" stands for what a layer lacks; "clip" is off where gamma does not limit the BatchNorm.
     """

@@ -1,4 +1,4 @@
-"""Every weight file: what a run of ours saves, what the reference code saved, and other people's state_dicts.
+"""Every weight file: of our runs, of the reference code, and other people's state_dicts.
 
 A checkpoint of ours is one torch file of plain tensors, dicts, lists, numbers and strings (loaded with weights_only):
 
@@ -23,13 +23,13 @@ from utils.files import write_atomically
 FORMAT = {"format": "lcnn", "version": 1}
 REQUIRED = {"model_arch": str, "dataset": str, "num_classes": int, "image_size": int}
 REQUIRED |= {"flags": dict, "epoch": int, "metrics": list, "model": dict}
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts save a state_dict
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where training scripts put a state_dict
 PARALLEL = "module."  # DataParallel's prefix to every key
 REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
 
 
 def plain(value):
-    """Nested dicts and lists with every tensor detached on the CPU: readable on any machine without pickled classes."""
+    """Nested dicts and lists with every tensor detached on the CPU: readable on any machine."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -50,13 +50,13 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
     """Read a weight file as a checkpoint, whoever wrote it.
 
     Args:
-        path: a checkpoint of ours; a bare state_dict of the reference code; or, with model_arch package.module:
-            callable, the state_dict of that network, bare or under one of ``WRAPPERS``.
+        path: a checkpoint of ours; a bare state_dict of the reference code; or, with package.module:callable, the
+            state_dict of that network, bare or under one of ``WRAPPERS``.
         model_arch: the architecture, if known; a checkpoint's own must agree with it.
 
     Returns:
-        A dict with model_arch and model (state_dict). A checkpoint of ours has all the rest, too, one of the reference
-        also num_classes and image_size, another network's only these two.
+        A dict with model_arch and model (state_dict); of ours with all the rest, of the reference's with num_classes
+        and image_size.
 
     Raises:
         UserError: if there is no such file, it is damaged, or it holds no weights.
@@ -94,7 +94,7 @@ def read_file(path: Path):
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
         raise UserError(
             f"{path}: not readable weights: truncated, damaged, or not plain tensors ({type(error).__name__}); {REMEDY}"
         ) from error
@@ -106,13 +106,14 @@ def check_own_format(checkpoint: dict, path: str | Path) -> None:
         raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
     if missing := REQUIRED.keys() - checkpoint.keys():
         raise UserError(f"{path}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
-    wrong = [f"{name} is no {kind.__name__}" for name, kind in REQUIRED.items() if type(checkpoint[name]) is not kind]
-    if not wrong and checkpoint["image_size"] < 1:
-        wrong = [f"its image size is {checkpoint['image_size']}"]
-    if not wrong and not isinstance(checkpoint["flags"].get("data_dir", ""), str):
-        wrong = ["its data_dir is no folder's name"]
-    if wrong:
-        raise UserError(f"{path}: not a checkpoint of this program: {', '.join(wrong)}")
+    foreign = f"{path}: not a checkpoint of this program"
+    for name, kind in REQUIRED.items():
+        if type(checkpoint[name]) is not kind:
+            raise UserError(f"{foreign}: {name} is no {kind.__name__}")
+    if checkpoint["image_size"] < 1:
+        raise UserError(f"{foreign}: its image size is {checkpoint['image_size']}")
+    if not isinstance(checkpoint["flags"].get("data_dir", ""), str):
+        raise UserError(f"{foreign}: its data_dir is no folder's name")
     as_state_dict(checkpoint["model"], path)
 
 
@@ -136,9 +137,9 @@ def build_model(
     """The network of a checkpoint, on the CPU, in eval mode, in the dtype of its weights.
 
     Args:
-        checkpoint: from ``read_checkpoint``; without a model it is the network as the callable makes it.
+        checkpoint: from ``read_checkpoint``; without a model, the network is as the callable makes it.
         path: its file, for messages.
-        model_arch: the architecture that the user named; a package.module:callable must be named, as its code runs.
+        model_arch: what the user named; a package.module:callable must be named, as its code runs.
         num_classes, image_size: of the images, where the checkpoint does not tell them.
 
     Raises:
@@ -146,7 +147,8 @@ def build_model(
         UserError: if the weights do not fit the architecture.
     """
     arch, lcnn = checkpoint["model_arch"], checkpoint.get("lcnn", False)
-    num_classes, image_size = checkpoint.get("num_classes", num_classes), checkpoint.get("image_size", image_size)
+    num_classes = checkpoint.get("num_classes", num_classes)
+    image_size = checkpoint.get("image_size", image_size)
     if arch in model_architecture:
         try:
             with torch.device("meta"):  # sizes that the weights turn out not to have take no memory
@@ -171,15 +173,15 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
     A model on the "meta" device takes over the state_dict's tensors themselves.
 
     Raises:
-        UserError: if a key is missing, left over, or has another shape or an impossible dtype; it names the file at
-            path, and what the model is.
+        UserError: if a key is missing, left over, or has another shape or an impossible dtype.
     """
     try:
         if all(key.startswith(PARALLEL) for key in state) and not state.keys() & model.state_dict().keys():
             state = {key.removeprefix(PARALLEL): value for key, value in state.items()}
         for key, own in model.state_dict().items():
-            if key in state and isinstance(own, Tensor) and own.is_floating_point() != state[key].is_floating_point():
-                raise TypeError(f"{key} is of {state[key].dtype}")
+            found = state.get(key, own)
+            if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
+                raise TypeError(f"{key} is of {found.dtype}")
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
         dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -196,11 +198,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
 
 
 def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
-    """The network saved in a checkpoint of ours or of the reference code, in eval mode, in its own dtype.
+    """The network in a weight file, in eval mode, in its own dtype.
 
     Args:
         path: the checkpoint file.
-        model_arch: its architecture, if you want that checked; needed where it is package.module:callable, which runs.
+        model_arch: its architecture, to be checked; needed for a package.module:callable, which runs.
 
     Returns:
         A module mapping (N, 3, H, H) pixels in [0, 1] to (N, classes) logits, H the checkpoint's image size.

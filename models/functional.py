@@ -1,7 +1,7 @@
 """Training's BatchNorm and centered softplus with both their derivatives written out.
 
 A gradient-norm penalty differentiates every layer twice. Left to autograd, the second derivative of BatchNorm alone is
-some thirty passes over the activations, and each elementwise factor adds its own; here each layer takes a few.
+some thirty passes over the activations; here each layer takes a few.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ CHANNELWISE = (-1, 1, 1)
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """A context in which convolutions read every bit of their inputs: without autocast, and without TF32."""
+    """A context without autocast and TF32: convolutions read every bit of their inputs."""
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     available = torch.amp.is_autocast_available(device.type)
     try:
@@ -32,10 +32,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def refuse_third_derivative() -> None:
-    """Raise RuntimeError where a second derivative is to be differentiated itself: here it would count as constant.
-
-    torch's own BatchNorm has no third derivative in training either; in eval mode all layers are torch's.
-    """
+    """Raise RuntimeError where a second derivative is to be differentiated: it would count as constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("in training mode this layer can be differentiated twice, not three times")
 
@@ -107,12 +104,11 @@ class ScaledBatchNormBackward(Function):
 
 
 class OfParameters(Function):
-    """Zero; where gradients are to be differentiated themselves, it gives the parameters', by autograd itself.
+    """Zero, whose backward gives the parameters' gradients where these are to be differentiated themselves.
 
-    An input gradient can do without the parameters' gradients, which take passes over the activations. A function of x
-    and parameters could not know that only x's is asked for: hence a function of x, this one, and ``Joined``.
-    ``gradients(g, wanted, x, *parameters)`` are the parameters'. As an argument x would have to get a gradient, too:
-    it comes in a list.
+    A layer as one function of x and parameters could not know when only the input gradient is asked for, which needs
+    no pass over the activations for the parameters: hence a function of x, this one, and ``Joined``.
+    ``gradients(g, wanted, x, *parameters)`` computes them; x comes in a list, so as to get no gradient from here.
     """
 
     @staticmethod
@@ -133,7 +129,7 @@ class Joined(Function):
 
     @staticmethod
     def forward(ctx, y, zero):
-        ctx.mark_dirty(y)  # it is not changed, but a view of it could not be changed in place by others
+        ctx.mark_dirty(y)  # it is unchanged, but others could not change a view of it in place
         return y
 
     @staticmethod
@@ -144,8 +140,7 @@ class Joined(Function):
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
     """``F.conv2d`` without groups and dilation, whose second derivative is made of ordinary convolutions.
 
-    autograd's own takes the weight's part of it as a convolution with a kernel as large as the image, between copies of
-    transposed activations.
+    autograd's own takes the weight's part of it as a convolution with a kernel as large as the image.
     """
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -165,7 +160,7 @@ def convolution_gradients(g, x, weight, stride, padding, wanted: tuple[bool, boo
 
 
 class ConvolutionOfInput(Function):
-    """conv(x, weight) + bias; when its gradient is to be differentiated itself, as a function of x alone."""
+    """conv(x, weight) + bias; where its gradient is to be differentiated, a function of x alone."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
@@ -210,7 +205,7 @@ def centered_softplus(x: Tensor, b: Tensor) -> Tensor:
 
 
 class SoftplusOfInput(Function):
-    """The centered softplus; when its gradient is to be differentiated itself, as a function of x alone."""
+    """The centered softplus; where its gradient is to be differentiated, a function of x alone."""
 
     @staticmethod
     def forward(ctx, x, b):

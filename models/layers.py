@@ -24,8 +24,8 @@ class CenteredSoftplus(nn.Module):
     """Softplus through the origin with a trainable sharpness beta (paper, section 4.1).
 
     s0(x) = (softplus(b x) - log 2) / b with b = beta + 1e-3, elementwise on a tensor of any shape.
-    s0(0) = 0, s0' = sigmoid(b x) <= 1 and |s0''| / |s0'| = b (1 - sigmoid(b x)) <= b: Lipschitz constant 1, normalized
-    curvature at most b. beta -> infinity gives ReLU, beta -> 0 gives x / 2.
+    s0(0) = 0, s0' = sigmoid(b x) <= 1 and |s0''| / |s0'| = b (1 - sigmoid(b x)) <= b.
+    beta -> infinity gives ReLU, beta -> 0 gives x / 2.
 
     Args:
         init_beta: initial beta; ValueError unless positive. 5 is the reference code's.
@@ -37,24 +37,24 @@ class CenteredSoftplus(nn.Module):
         super().__init__()
         if not init_beta > 0:
             raise ValueError(f"init_beta must be positive, got {init_beta}")
-        # the logarithm is trained, so that beta stays positive without a constraint
+        # its logarithm is trained: beta stays positive
         self.log_beta = nn.Parameter(torch.tensor(math.log(init_beta)))
 
     @property
     def beta(self) -> Tensor:
-        """The trained beta, a scalar; the quantity the curvature penalty sums (without the 1e-3)."""
+        """The trained beta, a scalar, without the 1e-3: what the curvature penalty sums."""
         return self.log_beta.exp()
 
     def forward(self, x: Tensor) -> Tensor:
         b = self.beta + self.BETA_OFFSET
-        x = x.to(b.dtype)  # under autocast convolutions put out half the bits; softplus(b x) - log 2 needs all of them
+        x = x.to(b.dtype)  # autocast leaves half the bits; softplus(b x) - log 2 needs all
         if self.training:  # the same, and cheaper to differentiate twice
             return centered_softplus(x, b)
         return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
 
 
 class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d``, the same numbers, with a cheaper second derivative in training."""
+    """``torch.nn.Conv2d`` with a cheaper second derivative in training."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
@@ -67,13 +67,13 @@ class SpectralNormConv2d(Conv2d):
     """Convolution whose weight is divided by the spectral norm of the convolution *operator* (Ryu et al., ICML 2019).
 
     The operator is z -> conv(z) with this layer's stride and zero padding on inputs of ``input_size``, without the
-    bias; its norm is not that of the reshaped kernel. It is estimated by power iteration,
+    bias. Its norm is estimated by power iteration,
         v = conv_transpose(u) / ||.||,  u = conv(v) / ||.||,  sigma = <u, conv(v)>,
-    15 iterations at construction, then one per forward in training and none in eval. u (1, out_channels, *output) and
+    15 steps at construction, one per forward in training, none in eval. u (1, out_channels, *output) and
     v (1, in_channels, *input) are buffers; gradients flow through sigma(weight) with u and v held constant.
 
     Args:
-        input_size: height and width (int or pair) of the inputs the norm is for; with others it is approximate.
+        input_size: height and width (int or pair) of the inputs the norm is exact for.
         Others as in ``torch.nn.Conv2d``, by name from stride on.
 
     Raises:
@@ -93,13 +93,13 @@ class SpectralNormConv2d(Conv2d):
         for size, kernel, dilation, padding, stride in zip(*geometry, strict=True):
             room = size + 2 * padding - dilation * (kernel - 1) - 1
             output_size.append(room // stride + 1)
-            # what conv_transpose must add to come back to the true input size when the stride does not divide it
+            # what conv_transpose must add to come back to the true input size
             self._output_padding.append(room % stride)
         if min(output_size) < 1:
             raise ValueError(f"a {self.kernel_size} kernel does not fit an input of {self.input_size}")
         self.register_buffer("u", self.weight.new_empty(1, out_channels, *output_size))
         self.register_buffer("v", self.weight.new_zeros(1, in_channels, *self.input_size))
-        if not self.weight.is_meta:  # where there are no numbers it would only make torch import its compiler
+        if not self.weight.is_meta:  # which would have no numbers
             self.u.normal_()
             self.power_iteration(self.INITIAL_ITERATIONS)
 
@@ -111,7 +111,7 @@ class SpectralNormConv2d(Conv2d):
         return F.conv_transpose2d(z, self.weight, None, *geometry)
 
     def _normalize(self, z: Tensor) -> Tensor:
-        return z / z.norm().clamp_min(self.EPS)  # clamp, not "if": a comparison would wait for the device
+        return z / z.norm().clamp_min(self.EPS)  # an "if" would wait for the device
 
     @torch.no_grad()
     def power_iteration(self, num_iterations: int) -> None:
@@ -123,8 +123,8 @@ class SpectralNormConv2d(Conv2d):
     def spectral_norm(self) -> Tensor:
         """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration.
 
-        In the weight's own precision, with autocast or TF32 too: sigma is linear in the weight, so it is computed as
-        <weight, d sigma / d weight>, whose derivatives need no convolution, which a backward pass would do in TF32.
+        sigma is linear in the weight, so it is computed as <weight, d sigma / d weight>: its derivatives need no
+        convolution, which a backward pass would do in TF32.
         """
         with torch.no_grad(), full_precision(self.weight.device):
             if self.training:
@@ -143,7 +143,7 @@ class SpectralNormConv2d(Conv2d):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d(num_features, affine=False)``, the same numbers, with a cheaper second derivative."""
+    """``torch.nn.BatchNorm2d`` without affine part, with a cheaper second derivative."""
 
     def __init__(self, num_features: int):
         super().__init__(num_features, affine=False)
@@ -174,30 +174,29 @@ def scaled_batch_norm(norm: nn.BatchNorm2d, x: Tensor, scale: Tensor) -> Tensor:
 
 
 class LipschitzBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2, without affine part).
+    """BatchNorm whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2).
 
-    BatchNorm's own Lipschitz constant is 1 / s with s = min over channels of sqrt(running_var + eps), or with an affine
-    part of sqrt(running_var + eps) / |weight|, so y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma). Input and output
-    are (N, num_features, H, W).
+    BatchNorm's own constant is 1 / s with s = min over channels of sqrt(running_var + eps), or with an affine part of
+    sqrt(running_var + eps) / |weight|, so y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma).
 
     Args:
         init_gamma: initial gamma; ValueError unless positive. 10 is the reference code's.
-        affine: whether to scale and shift each channel by a trained weight and bias. False is the paper's.
+        affine: whether to scale and shift each channel. False is the paper's.
         Others as in ``torch.nn.BatchNorm2d``.
     """
 
-    def __init__(self, num_features: int, init_gamma=10.0, eps=1e-5, momentum: float | None = 0.1, *, affine=False):
+    def __init__(self, num_features: int, init_gamma=10.0, eps=1e-5, momentum=0.1, *, affine=False):
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if not init_gamma > 0:
             raise ValueError(f"init_gamma must be positive, got {init_gamma}")
         self.log_gamma = nn.Parameter(torch.tensor(math.log(init_gamma)))
 
     def clip(self) -> Tensor:
-        """s * min(1/s, gamma) = min(1, s * gamma), the scalar that multiplies the plain BatchNorm's output."""
+        """min(1, s * gamma), the scalar that multiplies the plain BatchNorm's output."""
         gamma = self.log_gamma.exp()
         if self.affine:
             lipschitz = (self.weight.abs() / (self.running_var + self.eps).sqrt()).max()
-            return gamma / torch.maximum(lipschitz, gamma)  # not s * gamma: weights are often initialized with zeros
+            return gamma / torch.maximum(lipschitz, gamma)  # weights are often initialized with zeros
         s = (self.running_var.min() + self.eps).sqrt()
         return (s * gamma).clamp(max=1)
 
@@ -215,7 +214,7 @@ class Layers(NamedTuple):
 
 
 def plain_conv(*arguments, input_size, **keywords) -> Conv2d:
-    """``Conv2d`` behind SpectralNormConv2d's signature; a plain convolution does not ask for its input size."""
+    """``Conv2d`` behind SpectralNormConv2d's signature."""
     return Conv2d(*arguments, **keywords)
 
 
@@ -223,7 +222,7 @@ def plain_conv(*arguments, input_size, **keywords) -> Conv2d:
 STANDARD = Layers(plain_conv, BatchNorm2d, partial(nn.Softplus, beta=1000))
 # the paper's "Softplus + weight decay" baseline
 LOWBETA = STANDARD._replace(activation=partial(nn.Softplus, beta=10))
-# the reference's "minimal recipe": trainable softplus in an otherwise plain network, for --beta-weight-decay
+# the reference's "minimal recipe", for --beta-weight-decay
 SOFTPLUS = STANDARD._replace(activation=CenteredSoftplus)
 LCNN = Layers(SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus)
 

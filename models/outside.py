@@ -23,7 +23,7 @@ OWN_NAMES = ("curvature", "data", "experiments", "models", "training", "utils")
 
 @contextmanager
 def users_modules() -> Iterator[None]:
-    """The current directory first in the search for modules; where it has a package named as one of ours, that one.
+    """Modules are the current directory's first, also where its packages are named as ours.
 
     Ours are put back afterwards. sys.path keeps the directory: the model's code may import more from it later.
     """
@@ -31,7 +31,8 @@ def users_modules() -> Iterator[None]:
     if sys.path[0] != str(here):
         sys.path.insert(0, str(here))
     path = list(sys.path)
-    clashing = [] if here == PROJECT else [n for n in OWN_NAMES if (here / n).is_dir() or (here / f"{n}.py").is_file()]
+    theirs = [name for name in OWN_NAMES if (here / name).is_dir() or (here / f"{name}.py").is_file()]
+    clashing = [] if here == PROJECT else theirs
 
     def take() -> dict[str, ModuleType]:
         names = [name for name in sys.modules if name.split(".")[0] in clashing]
@@ -49,11 +50,11 @@ def users_modules() -> Iterator[None]:
 
 
 def import_callable(model_arch: str) -> Callable[..., nn.Module]:
-    """What "package.module:callable" names; UsageError if that cannot be imported, or called to get a network."""
+    """What "package.module:callable" names; UsageError if that cannot be imported or called."""
     module_name, _, attribute = model_arch.partition(":")
     try:
         builder = attrgetter(attribute)(importlib.import_module(module_name))
-    except (Exception, SystemExit) as error:  # it is the user's code: it may raise anything, or be a script that exits
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, or be a script that exits
         raise UsageError(
             f"{model_arch}: cannot import {attribute!r} from {module_name!r} ({one_line(error)}); "
             "give package.module:callable, installed or in the current directory"
@@ -66,7 +67,7 @@ def import_callable(model_arch: str) -> Callable[..., nn.Module]:
 
 
 def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
-    """builder(num_classes=num_classes) if it has such a parameter or takes any keyword, else builder()."""
+    """builder(num_classes=num_classes) if it takes that, else builder()."""
     signature = inspect.signature(builder)
     try:
         signature.bind(num_classes=num_classes)
@@ -85,8 +86,8 @@ def build_outside_network(
     Args:
         model_arch: "package.module:callable"; the module is installed or a file in the current directory.
         num_classes: passed to the callable if it has such a parameter.
-        lcnn_size: height and width of the images for which the network is made low-curvature; what was replaced is
-            printed unless ``quiet``. None for the network as it is.
+        lcnn_size: height of the images for which the network is made low-curvature; None leaves it as it is.
+        quiet: do not print what that replaced.
 
     Raises:
         UsageError: if model_arch names nothing that can be called, or that returns no nn.Module.

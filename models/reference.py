@@ -1,4 +1,4 @@
-"""Reading the state_dicts that the authors' reference code (kylematoba/lcnn) saves, to compute exactly its function.
+"""The state_dicts that the authors' reference code (kylematoba/lcnn) saves, read as exactly its function.
 
 Its modules are nested nn.Sequentials, so its keys are paths of numbers: 0.0 is the stem, 1.0.1.f1 the first
 convolution of the first block, 25 a VGG's last layer.
@@ -53,13 +53,13 @@ def our_key(key: str, arch: str) -> str:
 
 @torch.no_grad()
 def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int, input_size: int) -> None:
-    """Bring u and v of the strided convolutions to our sizes, in place, keeping the network's function to rounding.
+    """Bring u and v of the strided convolutions to our sizes, in place, keeping the network's function.
 
-    The reference iterates u at the layer's input size, so for stride 2 its v is (2H-1) x (2H-1) and its
-    sigma_reference the norm of an operator on that larger domain. We recompute u and v on the true domain, and leave
-    sigma_reference / sigma in the length of u: in eval the layer then divides by <u, conv(v)> = sigma_reference,
-    exactly as the reference, with every other parameter untouched; the first training forward normalizes u and
-    continues with the true norm. (In the BatchNorm behind, the factor would change gamma, and so the gamma penalty.)
+    The reference iterates u at the layer's input size, so for stride 2 its v is (2H-1) x (2H-1) and sigma_reference
+    the norm of an operator on that larger domain. We recompute u and v on the true domain, and put
+    sigma_reference / sigma into the length of u: in eval the layer divides by <u, conv(v)> = sigma_reference, exactly
+    as the reference; the first training forward normalizes u and continues with the true norm. (In the BatchNorm
+    behind, the factor would change gamma, and so the gamma penalty.)
     """
     model = model_architecture[arch](num_classes, input_size).to(state["classifier.bias"].dtype)
     for name, layer in model.named_modules():
@@ -67,19 +67,19 @@ def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int,
             weight, u, v = (state[f"{name}.{key}"] for key in ("weight", "u", "v"))
             sigma_reference = (u * F.conv2d(v, weight, None, layer.stride, layer.padding)).sum()
             layer.weight.copy_(weight)
-            layer.u.copy_(F.interpolate(u, layer.u.shape[-2:], mode="bilinear"))  # near the answer, and not random
+            layer.u.copy_(F.interpolate(u, layer.u.shape[-2:], mode="bilinear"))
             layer.power_iteration(30)
             state[f"{name}.u"] = layer.u * (sigma_reference / layer.eval().spectral_norm())
             state[f"{name}.v"] = layer.v
 
 
 def convert_reference_checkpoint(state: dict[str, Tensor], path: str | Path) -> dict:
-    """A bare state_dict saved by the reference as a checkpoint of ours: architecture, sizes and model state.
+    """A state_dict of the reference as a checkpoint of ours: architecture, sizes and model state.
 
-    The VGGs share one activation there, saved under several names with one beta; each of ours gets that beta.
+    The VGGs share one activation there, saved under several names; each of ours gets its beta.
 
     Raises:
-        UserError: naming the file at path, if the keys are not those of any of the reference's architectures.
+        UserError: if the keys are not those of any of the reference's architectures.
     """
     arch = reference_architecture(state)
     if arch is None:

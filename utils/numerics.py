@@ -1,4 +1,4 @@
-"""Small numerics: random numbers by example, norms at any scale, comparing tensors, a model held still."""
+"""Small numerics: random numbers by example, norms, comparing tensors, a model held still."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 RTOL = 1e-4  # of the largest logit: what the order of a sum, which varies on a GPU, may change
-# what random numbers are drawn with: one generator for all examples, one for each, or torch's global one
+# one generator for all examples, one for each, or torch's global one
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -21,7 +21,7 @@ def draw_normal(like: Tensor, generator: Generators) -> Tensor:
 
 @contextmanager
 def frozen_in_eval(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode with no parameter requiring a gradient; every module's and parameter's state restored."""
+    """The model in eval mode with no parameter requiring a gradient; restored afterwards."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -57,7 +57,7 @@ def same(a: Tensor, b: Tensor, rtol: float) -> bool:
 
 
 def tensors(value) -> Iterator[Tensor]:
-    """Copies of the tensors and floats in nested tuples, lists and dicts: a later layer may work in place."""
+    """Copies of the tensors and floats in nested tuples, lists and dicts."""
     if isinstance(value, (Tensor, float)):
         yield torch.as_tensor(value).detach().clone()
     elif isinstance(value, (tuple, list, dict)):
