@@ -1,0 +1,284 @@
+"""What a network calls on an example, and a module for each activation it calls.
+
+Where a forward calls an activation as a function, or one activation module several times, no module stands for each
+call. There torch.fx traces the forward, without those of the modules it calls, and a GraphModule takes its place.
+"""
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
+from utils.errors import one_line
+from utils.numerics import RTOL, same, tensors
+
+# A Softplus up to the sharpness a CenteredSoftplus starts with has low curvature already, and may be needed as it is:
+# it is positive, the centered one is not. Sigmoid, Tanh and LogSigmoid (|s''| / |s'| at most 1, 2, 1) stay, too.
+LOW_BETA = 5.0
+
+
+class FunctionCall(nn.Module):
+    """A call of an activation function as a module: a place for what replaces it."""
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict):
+        super().__init__()
+        self.kind = kind_of_function(function)
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x.clone(), *self.args, **self.kwargs)  # a clone, as the function may work in place
+
+
+ACTIVATIONS = (FunctionCall, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
+ACTIVATIONS += (nn.Hardswish, nn.Softplus, nn.Hardsigmoid)
+ACTIVATION_FUNCTIONS = ("relu()", "relu6()", "leaky_relu()", "elu()", "celu()", "selu()", "gelu()", "silu()", "mish()")
+ACTIVATION_FUNCTIONS += ("hardswish()", "softplus()", "hardsigmoid()")
+LEFT = {  # the modules of torch.nn and the functions that have no low-curvature version, by the reason
+    "attention multiplies its input with itself: no bound on its Lipschitz constant": """
+        MultiheadAttention scaled_dot_product_attention()""",
+    "multiplies by weights that are not normalized": """
+        Conv1d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Bilinear RNNBase RNNCellBase conv1d() conv2d()
+        conv3d() conv_transpose1d() conv_transpose2d() conv_transpose3d() linear() bilinear() addmm() addbmm()""",
+    "divides by its input's own statistics: no bound on its Lipschitz constant": """
+        InstanceNorm1d InstanceNorm2d InstanceNorm3d LayerNorm GroupNorm RMSNorm LocalResponseNorm layer_norm()
+        group_norm() instance_norm() rms_norm() normalize() batch_norm() local_response_norm()""",
+    "a product of tensors: not normalized": """
+        GLU glu() mul() multiply() matmul() rmatmul() bmm() mm() einsum() baddbmm()""",
+    "not an activation of one number": """
+        Softmax Softmax2d Softmin LogSoftmax softmax() softmin() log_softmax()""",
+    "not smooth, and no activation a CenteredSoftplus could stand for": """
+        PReLU Hardtanh Threshold RReLU Hardshrink Softshrink Softsign prelu() hardtanh() threshold() rrelu()
+        hardshrink() softshrink() softsign() clamp() clamp_min() clamp_max() clip() maximum() minimum() abs()""",
+    "only BatchNorm2d has a low-curvature version": """
+        BatchNorm1d BatchNorm3d SyncBatchNorm""",
+}
+REASONS = {kind: reason for reason, kinds in LEFT.items() for kind in kinds.split()}
+LAYERS = (*ACTIVATIONS, CenteredSoftplus, SpectralNormConv2d, LipschitzBatchNorm2d, Conv2d, BatchNorm2d, nn.Conv2d)
+LAYERS += (nn.Linear, nn.BatchNorm2d, *(getattr(nn, kind) for kind in REASONS if not kind.endswith("()")))
+
+
+def kind_of_function(function: Callable | str) -> str:
+    """The name of a function or tensor method as "relu()", the same for all its spellings, torch.relu_ among them."""
+    return getattr(function, "__name__", str(function)).strip("_") + "()"
+
+
+def altered(module: nn.Module) -> str:
+    """Why calling a module may do something else than torch's or our class of it says; "" if it does not."""
+    base = next((kind for kind in LAYERS if isinstance(module, kind)), type(module))
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    if "forward" in vars(module) or any(getattr(type(module), name) is not getattr(base, name) for name in methods):
+        return f"{type(module).__name__} has a forward of its own"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "has hooks" if any(getattr(module, name) for name in hooks) else ""  # the old weight_norm works by one
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is to be replaced by CenteredSoftplus or Sigmoid."""
+    low = isinstance(module, nn.Softplus) and module.beta <= LOW_BETA
+    return isinstance(module, ACTIVATIONS) and not low and not altered(module)
+
+
+def is_activation_call(kind: str, args: tuple, kwargs: dict) -> bool:
+    """Whether the call of a function is."""
+    beta = kwargs.get("beta", args[1] if len(args) > 1 else 1)
+    low = kind == "softplus()" and not (isinstance(beta, int | float) and beta > LOW_BETA)
+    return kind in ACTIVATION_FUNCTIONS and not low
+
+
+def join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def put(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The network with one of its modules, or itself, replaced wherever it occurs."""
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():  # named_children would leave out what occurs twice
+            if child is old:
+                parent._modules[name] = new
+    return new if network is old else network
+
+
+class Call(NamedTuple):
+    """A call of a layer, or of a function of the tables above, that the example led to."""
+
+    owner: str  # path of the module whose forward makes the call
+    layer: str  # path of the layer, "" for a function
+    function: str  # as "relu()", "" for a layer
+    x: Tensor  # of the input's shape and dtype and on its device, without its values
+    source: str | None  # path of the layer whose output, unchanged, is the input
+
+
+class _Observer(TorchFunctionMode):
+    """Notes the calls in order. What a layer does inside is its own business."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.names = {module: name for name, module in network.named_modules()}
+        self.owners = [""]  # paths of the modules whose forwards are under way
+        self.num_layers = 0  # how many of these are layers
+        self.calls: list[Call] = []
+
+    def enter(self, module, args, kwargs):
+        self.owners.append(self.names[module])
+        self.num_layers += isinstance(module, LAYERS)
+
+    def leave(self, module, args, kwargs, output):
+        self.owners.pop()
+        if isinstance(module, LAYERS):
+            self.num_layers -= 1
+            self._note(self.names[module], "", (*args, *kwargs.values()))
+            if isinstance(output, Tensor):  # the mark is void once the tensor is changed in place
+                output._source = self.names[module], output._version
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        kind, inputs = kind_of_function(function), (*args, *kwargs.values())
+        sizes = [value.numel() for value in inputs if isinstance(value, Tensor)]
+        scaling = kind in ("mul()", "multiply()") and sum(size > 1 for size in sizes) < 2  # a number times a tensor
+        if is_activation_call(kind, args, kwargs) or (kind in REASONS and not scaling):
+            self._note("", kind, inputs)
+        return output
+
+    def _note(self, layer, function, inputs):
+        if not self.num_layers:
+            x = next((value for value in inputs if isinstance(value, Tensor)), torch.empty(0))
+            source, version = getattr(x, "_source", (None, None))
+            source = source if version == x._version else None
+            self.calls.append(Call(self.owners[-1], layer, function, x.new_empty(()).expand(x.shape), source))
+
+
+def observe(network: nn.Module, example_input: Tensor) -> tuple[object, list[Call]]:
+    """The network's output for the example, and the calls that led to it."""
+    observer = _Observer(network)
+    with ExitStack() as stack:
+        for module in observer.names:
+            hook = module.register_forward_pre_hook(observer.enter, prepend=True, with_kwargs=True)
+            stack.enter_context(hook)
+            stack.enter_context(module.register_forward_hook(observer.leave, with_kwargs=True))
+        stack.enter_context(observer)
+        return network(example_input.clone()), observer.calls  # a clone: the first layer may work in place
+
+
+def separate_activations(model: nn.Module, example_input: Tensor) -> tuple[nn.Module, list[Call], dict[str, str]]:
+    """A copy in eval mode that computes the same by activation modules that are each called once, out of place.
+
+    Returns:
+        The copy; what it calls on the example; and, by path, why the forward of some modules could not be traced.
+    """
+    original = _unshared(model)
+    expected, calls = observe(original, example_input)
+    network, reasons = _trace(copy.deepcopy(original), calls)
+    for module in network.modules():
+        if is_activation(module) and getattr(module, "inplace", False):
+            module.inplace = False
+    with suppress(Exception):  # what a trace froze may fail on the example
+        found, new_calls = observe(network, example_input)
+        if all(same(a, b, RTOL) for a, b in zip(tensors(found), tensors(expected), strict=True)):
+            return network, new_calls, reasons
+    # some code relies on an activation's changing its input in a way that the trace does not see
+    reason = "the network's output on the example changes when activations are modules that do not work in place"
+    return original, calls, {name: reason for name, _ in original.named_modules()}
+
+
+def _unshared(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with an activation of its own in every place of the module tree."""
+    network = copy.deepcopy(model).eval()
+    seen = set()
+    for parent in list(network.modules()):
+        for name, child in parent._modules.items():
+            if child in seen:
+                parent._modules[name] = child = copy.deepcopy(child)
+            if is_activation(child):
+                seen.add(child)
+    return network
+
+
+def _trace(network: nn.Module, calls: list[Call]) -> tuple[nn.Module, dict[str, str]]:
+    """Trace the forwards that call an activation function, or an activation module that is called elsewhere, too."""
+    num_calls = Counter(call.layer for call in calls if not call.function)
+    reasons, done, taken = {}, set(), set()
+    for call in calls:
+        shared = num_calls[call.layer] > 1 and is_activation(network.get_submodule(call.layer))
+        if call.owner in done or not (shared or call.function in ACTIVATION_FUNCTIONS):
+            continue
+        done.add(call.owner)
+        module = network.get_submodule(call.owner)
+        try:
+            network = put(network, module, _as_graph(module, call.owner, taken))
+        except Exception as error:  # tracing runs the user's code on what are not tensors
+            owner = call.owner or "the network"
+            reasons[call.owner] = f"the forward of {owner} cannot be traced ({one_line(error)})"
+    return network.eval(), reasons
+
+
+def _as_graph(module: nn.Module, owner: str, taken: set[str]) -> fx.GraphModule:
+    """The module, at the path ``owner``, as a graph that calls a module for each activation, none of them in place.
+
+    ``taken`` are the paths of activations that have their one call already. Any exception leaves the module unchanged.
+    """
+    graph = _own_graph(module)
+    nodes = [node for node in graph.nodes if _calls_activation(module, node)]
+    if any(len(node.all_input_nodes) != 1 for node in nodes):
+        raise ValueError("an activation's parameters are computed")
+    for node in nodes:
+        (x,) = node.all_input_nodes
+        if node.op == "call_module":
+            path, activation = node.target, module.get_submodule(node.target)
+            in_place = getattr(activation, "inplace", False)
+            new = copy.deepcopy(activation) if join(owner, path) in taken else None
+            taken.add(join(owner, path))
+        else:
+            function = getattr(Tensor, node.target) if node.op == "call_method" else node.target
+            args, kwargs = node.args[1:], {name: value for name, value in node.kwargs.items() if value is not x}
+            in_place = function.__name__.endswith("_") or any(value is True for value in (*args, *kwargs.values()))
+            path, new = node.name, FunctionCall(function, args, kwargs)
+        if new is not None:
+            path = _free_path(module, path)
+            module.set_submodule(path, new)
+        with graph.inserting_after(node):
+            result = graph.call_module(path, (x,))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        if in_place:  # from here on, the input was the result
+            x.replace_all_uses_with(result, lambda user, result=result: user > result)
+    traced = fx.GraphModule(module, graph, type(module).__name__)
+    for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):  # all, and in their order
+        vars(traced)[kind] = vars(module)[kind]
+    return traced
+
+
+def _own_graph(module: nn.Module) -> fx.Graph:
+    """The graph of the module's own forward, if that is the same in training and in eval mode."""
+    if reason := altered(module):  # copies of a GraphModule would lack hooks
+        raise ValueError(reason)
+    tracer = fx.Tracer()
+    tracer.is_leaf_module = lambda module, name: True
+    training, evaluation = (tracer.trace(copy.copy(module.train(mode))) for mode in (True, False))
+    if training.python_code("self").src != evaluation.python_code("self").src:
+        raise ValueError("it depends on the training mode")
+    if any(node.op == "get_attr" and "_tensor_constant" in node.target for node in evaluation.nodes):
+        raise ValueError("it makes tensors of its own")
+    return evaluation
+
+
+def _calls_activation(module: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return is_activation(module.get_submodule(node.target))
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and is_activation_call(kind_of_function(node.target), node.args, node.kwargs)
+
+
+def _free_path(module: nn.Module, path: str) -> str:
+    """The path, with a number if there is such an attribute already."""
+    prefix, _, name = path.rpartition(".")
+    parent = module.get_submodule(prefix)
+    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+    return join(prefix, next(name for name in names if not hasattr(parent, name)))
