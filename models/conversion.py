@@ -1,8 +1,8 @@
 """Any convolutional network turned into its low-curvature version (paper, section 4).
 
-A module is replaced by setting it in its parent, which leaves everything else of the network as it is: classes, hooks,
-parameter names, what depends on the training mode. What is there to replace, at what input sizes and in what order, is
-seen by running an example. Activations that are no modules of their own become such first (models/tracing.py).
+A layer is replaced by setting it in its parent. The rest of the network stays as it is: classes, hooks, parameter
+names, what depends on the training mode. An example shows which layers are called, at what sizes and in what order.
+Activations that are called as functions become modules first (models/tracing.py).
 """
 
 import copy
@@ -26,48 +26,34 @@ from models.tracing import ACTIVATIONS, LAYERS, LOW_BETA, REASONS, Call, Functio
 EIGENVALUE_TOLERANCE = 1e-4
 
 
-class Replaced(NamedTuple):
-    """A layer or an activation that has a low-curvature version now."""
-
-    name: str  # dotted module path in the converted network
-    kind: str  # what it was: a class, or a function as "relu()"
-    by: str  # the class it is now
-    note: str = ""
-
-
-class Left(NamedTuple):
-    """Something with curvature, or a Lipschitz constant of its own, that stays as it was."""
+class Entry(NamedTuple):
+    """A layer, an activation or a function of the network, in the report."""
 
     name: str  # dotted module path; of a function that of the module whose forward calls it, and the function
-    kind: str
-    reason: str
+    kind: str  # what it was: a class, or a function as "relu()"
+    outcome: str  # the class it is now, or why it was left
 
 
 class ConversionReport(NamedTuple):
     """What low_curvature did, in the order in which the network applies it; what the example did not reach is last."""
 
-    replaced: tuple[Replaced, ...]
-    left: tuple[Left, ...]
-    traced: tuple[str, ...] = ()  # paths of the modules that are torch.fx.GraphModules now
+    replaced: tuple[Entry, ...]  # what has a low-curvature version now
+    left: tuple[Entry, ...]  # what has curvature, or a Lipschitz constant of its own, and stays as it was
+    traced: tuple[Entry, ...]  # modules whose forward is a graph now (models/tracing.py)
 
     def __str__(self) -> str:
-        """How many of what were replaced by what, and left for which reason, and where."""
-        replaced = [(name, f"{kind} -> {by}" + (note and f", {note}")) for name, kind, by, note in self.replaced]
-        left = [(name, f"{kind}: {reason}") for name, kind, reason in self.left]
-        traced = [(name, "forwards by torch.fx, the other modules are as they were") for name in self.traced]
-        sections = {"replaced": replaced, "left": left, "rewritten": traced}
-        return "\n".join(line for title, entries in sections.items() for line in _lines(title, entries))
-
-
-def _lines(title: str, entries: list[tuple[str, str]]) -> Iterator[str]:
-    """The number of (path, text) pairs, and of each text the number and the first three paths."""
-    names = defaultdict(list)
-    for name, text in entries:
-        names[text].append(name or "the network itself")
-    yield f"{title} {len(entries)}"
-    for text, group in names.items():
-        more = f", and {len(group) - 3} more" if len(group) > 3 else ""
-        yield f"  {len(group):4} {text} ({', '.join(group[:3])}{more})"
+        """How many of what were replaced by what, or left for which reason, and where."""
+        lines = []
+        for title, entries in self._asdict().items():
+            lines.append(f"{title} {len(entries)}")
+            names = defaultdict(list)
+            for name, kind, outcome in entries:
+                names[f"{kind}: {outcome}" if title == "left" else f"{kind} -> {outcome}"].append(name)
+            for change, group in names.items():
+                shown = ", ".join(name or "the network itself" for name in group[:3])
+                more = f", and {len(group) - 3} more" if len(group) > 3 else ""
+                lines.append(f"  {len(group):4} {change} ({shown}{more})")
+        return "\n".join(lines)
 
 
 def low_curvature(
@@ -106,18 +92,20 @@ def low_curvature(
         else:
             network = copy.deepcopy(model).eval()
             calls, reasons = tracing.observe(network, example_input)[1], {}
-        network, report = _replace(network, calls, enabled, reasons)
+        network, replaced, left = _replace(network, calls, enabled, reasons)
     modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
     for name, module in network.named_modules(remove_duplicate=False):
         while name not in modes:  # a part the conversion added is in the mode of the module it was added to
             name = name.rpartition(".")[0]
         module.training = modes[name]
-    return network, report
+    graphs = ((name, module) for name, module in network.named_modules() if isinstance(module, fx.GraphModule))
+    traced = tuple(Entry(name, type(module).__name__, "torch.fx.GraphModule") for name, module in graphs)
+    return network, ConversionReport(tuple(replaced), tuple(left), traced)
 
 
 def _replace(
     network: nn.Module, calls: list[Call], enabled: dict[str, bool], reasons: dict[str, str]
-) -> tuple[nn.Module, ConversionReport]:
+) -> tuple[nn.Module, list[Entry], list[Entry]]:
     """Replace the layers of a network in eval mode, in the order of their calls."""
     num_owners = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
     uses = defaultdict(list)
@@ -130,31 +118,28 @@ def _replace(
     for name, its_calls in uses.items():
         if its_calls and (kind := its_calls[0].function):
             reason = REASONS.get(kind) or reasons.get(its_calls[0].owner, "activations=False")
-            left.append(Left(name.removesuffix("()"), kind, reason))
+            left.append(Entry(name.removesuffix("()"), kind, reason))
             continue
         module = network.get_submodule(name)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            _rescale(module, [normalized.get(call.source) for call in its_calls])
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and len({call.source for call in its_calls}) == 1:
+            _rescale(module, normalized.get(its_calls[0].source))
         if _has_low_curvature(module):
             continue
         kind = module.kind if isinstance(module, FunctionCall) else type(module).__name__
         tied = any(num_owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
         new = _converted(module, its_calls, enabled, tied)
         if isinstance(new, str):
-            left.append(Left(name, kind, new))
+            left.append(Entry(name, kind, new))
             continue
-        note, by = "", type(new).__name__
-        if isinstance(new, nn.Linear):
-            by = "Linear with spectral_norm"
         if isinstance(new, SpectralNormConv2d | nn.Linear):
             normalized[name] = _sigma(new), new.bias
+        outcome = "Linear with spectral_norm" if isinstance(new, nn.Linear) else type(new).__name__
         if isinstance(new, CenteredSoftplus) and len(its_calls) > 1:
             because = next((f", as {reasons[call.owner]}" for call in its_calls if call.owner in reasons), "")
-            note = f"called {len(its_calls)} times: one beta for all{because}"
-        replaced.append(Replaced(name, kind, by, note))
+            outcome += f", one beta for {len(its_calls)} calls{because}"
+        replaced.append(Entry(name, kind, outcome))
         network = put(network, module, new)
-    graphs = tuple(name for name, module in network.named_modules() if isinstance(module, fx.GraphModule))
-    return network, ConversionReport(tuple(replaced), tuple(left), graphs)
+    return network, replaced, left
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[str]:
@@ -282,15 +267,15 @@ def _sigma(layer: SpectralNormConv2d | nn.Linear) -> Tensor:
     return norm._u @ layer.parametrizations.weight.original @ norm._v
 
 
-def _rescale(norm: nn.modules.batchnorm._BatchNorm, sources: list[tuple[Tensor, Tensor | None] | None]) -> None:
+def _rescale(norm: nn.modules.batchnorm._BatchNorm, source: tuple[Tensor, Tensor | None] | None) -> None:
     """Fit running statistics to the output W z / sigma + b of the layer before, where they were those of W z + b.
 
     Args:
-        sources: sigma and b for each call of the norm; None where no normalized layer is right before it.
+        source: sigma and b; None where no normalized layer is right before the norm.
     """
-    if norm.running_var is None or not sources or any(source is not sources[0] for source in sources) or not sources[0]:
+    if norm.running_var is None or source is None:
         return
-    sigma, bias = sources[0]
+    sigma, bias = source
     bias = 0 if bias is None else bias
     norm.running_mean.sub_(bias).div_(sigma).add_(bias)
     norm.running_var.div_(sigma.square())

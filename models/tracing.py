@@ -1,7 +1,8 @@
 """What a network calls on an example, and a module for each activation it calls.
 
-Where a forward calls an activation as a function, or one activation module several times, no module stands for each
-call. There torch.fx traces the forward, without those of the modules it calls, and a GraphModule takes its place.
+Some forwards call an activation as a function, or one activation module several times. torch.fx traces these forwards,
+and a GraphModule that calls a module for each activation takes the place of the module whose forward it is. The modules
+called there are not traced with it. They keep their class and hooks, and what they do in training only.
 """
 
 import copy
@@ -179,12 +180,12 @@ def separate_activations(model: nn.Module, example_input: Tensor) -> tuple[nn.Mo
     for module in network.modules():
         if is_activation(module) and getattr(module, "inplace", False):
             module.inplace = False
-    with suppress(Exception):  # what a trace froze may fail on the example
+    with suppress(Exception):  # what the trace took for fixed may make it fail
         found, new_calls = observe(network, example_input)
         if all(same(a, b, RTOL) for a, b in zip(tensors(found), tensors(expected), strict=True)):
             return network, new_calls, reasons
-    # some code relies on an activation's changing its input in a way that the trace does not see
-    reason = "the network's output on the example changes when activations are modules that do not work in place"
+    # some code relies on an activation's changing its input, say, in a way that the trace does not see
+    reason = "the network does something else on the example with modules for its activations"
     return original, calls, {name: reason for name, _ in original.named_modules()}
 
 
@@ -214,20 +215,28 @@ def _trace(network: nn.Module, calls: list[Call]) -> tuple[nn.Module, dict[str, 
         try:
             network = put(network, module, _as_graph(module, call.owner, taken))
         except Exception as error:  # tracing runs the user's code on what are not tensors
-            owner = call.owner or "the network"
-            reasons[call.owner] = f"the forward of {owner} cannot be traced ({one_line(error)})"
+            reasons[call.owner] = f"the forward that calls it cannot be traced ({one_line(error)})"
     return network.eval(), reasons
 
 
-def _as_graph(module: nn.Module, owner: str, taken: set[str]) -> fx.GraphModule:
-    """The module, at the path ``owner``, as a graph that calls a module for each activation, none of them in place.
+def _as_graph(module: nn.Module, owner: str, taken: set[str]) -> nn.Module:
+    """The module as a graph that calls a module of its own for each activation, none of them in place.
 
-    ``taken`` are the paths of activations that have their one call already. Any exception leaves the module unchanged.
+    Args:
+        owner: its path.
+        taken: paths of the activations that have their one call already.
+
+    Returns:
+        The graph, or the module itself if that does so already.
+
+    Raises:
+        Exception: if the forward cannot be traced; the module is then unchanged.
     """
     graph = _own_graph(module)
     nodes = [node for node in graph.nodes if _calls_activation(module, node)]
     if any(len(node.all_input_nodes) != 1 for node in nodes):
         raise ValueError("an activation's parameters are computed")
+    changed = False
     for node in nodes:
         (x,) = node.all_input_nodes
         if node.op == "call_module":
@@ -241,6 +250,7 @@ def _as_graph(module: nn.Module, owner: str, taken: set[str]) -> fx.GraphModule:
             in_place = function.__name__.endswith("_") or any(value is True for value in (*args, *kwargs.values()))
             path, new = node.name, FunctionCall(function, args, kwargs)
         if new is not None:
+            changed = True
             path = _free_path(module, path)
             module.set_submodule(path, new)
         with graph.inserting_after(node):
@@ -249,6 +259,8 @@ def _as_graph(module: nn.Module, owner: str, taken: set[str]) -> fx.GraphModule:
         graph.erase_node(node)
         if in_place:  # from here on, the input was the result
             x.replace_all_uses_with(result, lambda user, result=result: user > result)
+    if not changed:
+        return module
     traced = fx.GraphModule(module, graph, type(module).__name__)
     for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):  # all, and in their order
         vars(traced)[kind] = vars(module)[kind]
