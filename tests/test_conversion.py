@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-from torch.overrides import TorchFunctionMode
 from torchvision.ops import StochasticDepth
 
 from curvature.estimate import estimate_curvature
@@ -22,8 +21,6 @@ from regularized_loss import CurvatureAndGradientRegularizedLoss
 from tests.test_layers import dense_matrix
 from training.epoch import calibrate_batchnorm
 
-ONLY_ACTIVATIONS = {"convolutions": False, "linears": False, "batchnorms": False}
-
 
 def images(size: int = 8, channels: int = 3, n: int = 2, dtype=torch.float32) -> torch.Tensor:
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(3), dtype=dtype)
@@ -33,107 +30,44 @@ def convert(model: nn.Module, x: torch.Tensor | None = None, **parts) -> tuple[n
     return low_curvature(model, images() if x is None else x, **parts)
 
 
-def outside(name: str) -> nn.Module:
+def outside(name: str, **arguments) -> nn.Module:
     torch.manual_seed(0)
-    return getattr(torchvision.models, name)(num_classes=10, weights=None)
+    return getattr(torchvision.models, name)(num_classes=10, weights=None, **arguments)
 
 
-def betas(network: nn.Module) -> list[CenteredSoftplus]:
-    return [module for module in network.modules() if isinstance(module, CenteredSoftplus)]
+def of_kind(network: nn.Module, kind: type) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, kind)]
 
 
-def make_sharp(network: nn.Module) -> None:
-    """beta so large that every centered softplus is a ReLU to 1e-7."""
-    for module in betas(network):
-        module.log_beta.data.fill_(math.log(1e7))
+betas = partial(of_kind, kind=CenteredSoftplus)
 
 
-def reasons(report: ConversionReport) -> dict[str, str]:
-    return {entry.name: entry.reason for entry in report.left}
+def outcomes(entries) -> dict[str, str]:
+    return {entry.name: entry.outcome for entry in entries}
 
 
-# a check of the report that shares nothing with the conversion
-
-CONVERTIBLE_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid),
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    *(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.Softmax, nn.MultiheadAttention, nn.Hardtanh),
+HAS_A_VERSION = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Conv2d,
+    nn.Linear,
+    nn.BatchNorm2d,
 )
-CONVERTIBLE_FUNCTIONS = {"relu", "gelu", "silu", "hardswish", "hardsigmoid", "leaky_relu", "softmax", "layer_norm"}
-CONVERTIBLE_FUNCTIONS |= {"conv2d", "linear", "matmul", "clamp", "scaled_dot_product_attention"}
+HAS_NONE = (nn.Conv1d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.LayerNorm, nn.GroupNorm, nn.Softmax, nn.PReLU)
 
 
-class FunctionNames(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.names, self.depth = set(), 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if not self.depth:
-            self.names.add(function.__name__.strip("_"))
-        return function(*args, **(kwargs or {}))
-
-
-def assert_nothing_left_unreported(network: nn.Module, report: ConversionReport, x: torch.Tensor) -> None:
-    """Every convertible module that is there, and every function called outside of layers, is in the report."""
-    left = {entry.name for entry in report.left}
-    functions = FunctionNames()
-    hooks = []
+def assert_nothing_left_unreported(network: nn.Module, report: ConversionReport) -> None:
+    """Every module of torch.nn that has, or would need, a low-curvature version is in the report."""
+    left = outcomes(report.left)
     for name, module in network.named_modules():
-        normalized = nn.utils.parametrize.is_parametrized(module) and name not in left
-        low = isinstance(module, (CenteredSoftplus, SpectralNormConv2d, LipschitzBatchNorm2d)) or normalized
-        inside = any(name.startswith(f"{entry.name}.") for entry in report.left if entry.kind == "MultiheadAttention")
-        if not low and not inside and isinstance(module, CONVERTIBLE_MODULES):
-            assert name in left, f"{name} is not in the report"
-        if low or isinstance(module, CONVERTIBLE_MODULES):
-
-            def enter(*_):
-                functions.depth += 1
-
-            def leave(*_):
-                functions.depth -= 1
-
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    was_training = network.training
-    with torch.no_grad(), functions:
-        network.eval()(x)
-    network.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    reported = {entry.kind.removesuffix("()") for entry in report.left if entry.kind.endswith("()")}
-    assert functions.names & CONVERTIBLE_FUNCTIONS <= reported
+        assert type(module) not in HAS_A_VERSION + HAS_NONE or name in left, f"{name} is not in the report"
 
 
 # layers against their dense operators
-
-CONVOLUTIONS = [
-    ({"kernel_size": 3, "stride": 2, "padding": 1}, 9),
-    ({"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}, 8),
-    ({"kernel_size": 3, "padding": 1, "groups": 2}, 7),
-    ({"kernel_size": 7, "padding": 3, "groups": 4}, 8),
-    ({"kernel_size": 3, "padding": 2, "dilation": 2}, 7),
-    ({"kernel_size": 3, "padding": "same", "dilation": 2}, 6),
-    ({"kernel_size": (1, 3), "padding": "same"}, 5),
-    ({"kernel_size": 3, "padding": "valid", "stride": 2}, 8),
-    ({"kernel_size": 1}, 1),
-]
-
-
-@pytest.mark.parametrize(("arguments", "size"), CONVOLUTIONS)
-def test_convolutions_have_norm_1(arguments, size):
-    torch.manual_seed(1)
-    conv = nn.Conv2d(4, 8, **arguments).eval()
-    x = images(size, 4)
-    network, report = convert(nn.Sequential(conv), x)
-    assert [entry.by for entry in report.replaced] == ["SpectralNormConv2d"]
-    assert torch.equal(network[0].weight, conv.weight)
-    assert (network[0].bias is None) == (conv.bias is None)
-    sigma = network[0].spectral_norm()
-    expected = (conv(x) - (0 if conv.bias is None else conv.bias.view(-1, 1, 1))) / sigma
-    if conv.bias is not None:
-        expected += conv.bias.view(-1, 1, 1)
-    torch.testing.assert_close(network(x), expected)
-    assert operator_norm(network[0], (4, size, size)) == pytest.approx(1, abs=1e-3)
 
 
 def operator_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
@@ -141,6 +75,32 @@ def operator_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
     layer = copy.deepcopy(layer).double().eval()
     layer.bias = None
     return torch.linalg.matrix_norm(dense_matrix(layer, shape), ord=2).item()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({"kernel_size": 3, "stride": 2, "padding": 1}, 9),
+        ({"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}, 8),
+        ({"kernel_size": 3, "padding": 1, "groups": 2}, 7),
+        ({"kernel_size": 7, "padding": 3, "groups": 4}, 8),
+        ({"kernel_size": (1, 3), "padding": "same", "dilation": 2}, 6),
+        ({"kernel_size": 3, "padding": "valid", "stride": 2}, 8),
+        ({"kernel_size": 1}, 1),
+    ],
+)
+def test_convolutions_have_norm_1(arguments, size):
+    torch.manual_seed(1)
+    conv = nn.Conv2d(4, 8, **arguments).eval()
+    x = images(size, 4)
+    network, report = convert(nn.Sequential(conv), x)
+    assert [entry.outcome for entry in report.replaced] == ["SpectralNormConv2d"]
+    assert torch.equal(network[0].weight, conv.weight)
+    bias = torch.zeros(8) if conv.bias is None else conv.bias
+    assert (network[0].bias is None) == (conv.bias is None)
+    bias = bias.view(-1, 1, 1)
+    torch.testing.assert_close(network(x), (conv(x) - bias) / network[0].spectral_norm() + bias)
+    assert operator_norm(network[0], (4, size, size)) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (1, 6), (6, 1), (40, 40)])
@@ -155,16 +115,12 @@ def test_linears_have_norm_1(shape):
 
 def test_every_layer_of_a_network_has_norm_1():
     """Of torchvision's MobileNet, depthwise and dense; a narrow one, as dense operators are large."""
-    torch.manual_seed(0)
-    model = torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25)
-    network, _ = convert(model, images(16))
-    convolutions = [module for module in network.modules() if isinstance(module, SpectralNormConv2d)]
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    network, _ = convert(outside("mobilenet_v3_small", width_mult=0.25), images(16))
+    convolutions, linears = of_kind(network, SpectralNormConv2d), of_kind(network, nn.Linear)
     assert (len(convolutions), len(linears)) == (52, 2)
-    for conv in convolutions:
-        assert operator_norm(conv, conv.v.shape[1:]) <= 1 + 1e-3
-    for linear in linears:
-        assert operator_norm(linear, (linear.in_features,)) <= 1 + 1e-3
+    shapes = [(conv, conv.v.shape[1:]) for conv in convolutions] + [(layer, (layer.in_features,)) for layer in linears]
+    for layer, shape in shapes:
+        assert operator_norm(layer, shape) <= 1 + 1e-3
 
 
 def test_nearly_equal_singular_values_do_not_mislead():
@@ -179,29 +135,25 @@ def test_nearly_equal_singular_values_do_not_mislead():
 def test_rescaled_batchnorm_undoes_the_normalization(gamma):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3, bias=False), nn.BatchNorm2d(4))
-    model = model.double()
+    model = model.double().eval()
     for norm in (model[1], model[3]):
+        norm.eps = 0.0
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     x = images(dtype=torch.float64)
     network, _ = convert(model, x)
-    network.eval()
-    for start in (0, 2):
-        for i in (start, start + 1):
-            network[i].eps = model[i].eps = 0.0
-        network[start + 1].log_gamma.data.fill_(math.log(1e6))
-    torch.testing.assert_close(network(x), model.eval()(x))
+    for norm in (network[1], network[3]):
+        norm.log_gamma.data.fill_(math.log(1e6))
+    torch.testing.assert_close(network(x), model(x))
     # plain statistics behind a normalized convolution are rescaled as well
-    plain, _ = convert(model, x, batchnorms=False)
-    torch.testing.assert_close(plain.eval()(x), model(x))
+    torch.testing.assert_close(convert(model, x, batchnorms=False)[0](x), model(x))
     # with the clip active, the layer is Lipschitz by gamma
     network[1].log_gamma.data.fill_(math.log(gamma))
     offset = network[1](torch.zeros(1, 5, 2, 2, dtype=torch.float64))
     norm = torch.linalg.matrix_norm(dense_matrix(lambda z: network[1](z) - offset, (5, 2, 2)), ord=2).item()
-    own = (network[1].weight.abs() / network[1].running_var.sqrt()).max().item()
-    assert norm == pytest.approx(min(own, gamma))
+    assert norm == pytest.approx(min((network[1].weight.abs() / network[1].running_var.sqrt()).max().item(), gamma))
 
 
 def test_statistics_are_rescaled_only_right_behind_a_normalized_layer():
@@ -242,8 +194,7 @@ class InPlace(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.act = nn.ReLU(inplace=True)
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
 
     def forward(self, x):
         x = self.conv(x)
@@ -255,83 +206,66 @@ class InPlace(nn.Module):
         return (x + y + z).mean(dim=(2, 3))
 
 
-class InPlaceModule(nn.Module):
-    """The same, by a module alone."""
+class Recurrent(nn.Module):
+    """One block called twice, and one activation at two places of the tree."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+        act = nn.ReLU()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), act, nn.Conv2d(3, 3, 1), act)
 
     def forward(self, x):
-        x = self.conv(x)
-        self.act(x)
-        return x.mean(dim=(2, 3))
+        return self.block(self.block(x))
+
+
+SHARED = ["relu", "relu_1", "relu_2", "relu_3"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_activations"), [(Shared, 4), (partial(Shared, inplace=True), 4), (InPlace, 3), (InPlaceModule, 1)]
+    ("kind", "names", "traced"),
+    [
+        (Shared, SHARED, [""]),
+        (partial(Shared, inplace=True), SHARED, [""]),
+        (partial(nn.Sequential, Shared()), [f"0.{name}" for name in SHARED], ["0"]),
+        (InPlace, ["act", "relu_", "relu"], [""]),
+        (Recurrent, ["block.1", "block.3"], []),
+    ],
 )
-def test_sharp_activations_alone_leave_a_relu_network_as_it_was(kind, num_activations):
+def test_sharp_activations_alone_leave_a_relu_network_as_it_was(kind, names, traced):
     torch.manual_seed(0)
     model = kind().double().eval()
     x = images(dtype=torch.float64)
-    network, report = convert(model, x, **ONLY_ACTIVATIONS)
-    make_sharp(network)
-    torch.testing.assert_close(network(x), model(x), rtol=0, atol=1e-6)
-    assert len(betas(network)) == len(report.replaced) == num_activations
-    assert {entry.by for entry in report.replaced} == {"CenteredSoftplus"}
-    assert_nothing_left_unreported(network, report, x)
-
-
-def test_every_call_has_its_own_beta():
-    torch.manual_seed(0)
-    network, report = convert(Shared())
-    assert [entry.name for entry in report.replaced] == [
-        *("conv1", "relu", "conv2", "relu_1", "relu_2", "relu_3", "head")
-    ]
-    assert [entry.kind for entry in report.replaced if "relu" in entry.name] == ["ReLU", "ReLU", "relu()", "ReLU"]
-    network(images()).sum().backward()
+    network, report = convert(model, x, convolutions=False, linears=False, batchnorms=False)
+    network(x).sum().backward()
     gradients = [module.log_beta.grad.item() for module in betas(network)]
-    assert len(set(gradients)) == 4
+    assert len(set(gradients)) == len(names)  # each is called at another place
     assert 0 not in gradients
+    for module in betas(network):
+        module.log_beta.data.fill_(math.log(1e7))
+    torch.testing.assert_close(network(x), model(x), rtol=0, atol=1e-6)
+    assert [entry.name for entry in report.replaced] == names
+    assert [entry.name for entry in report.traced] == traced
+    assert set(network.state_dict()) == set(model.state_dict()) | {f"{name}.log_beta" for name in names}
+    one_for_two_calls = {"CenteredSoftplus, one beta for 2 calls"} if kind is Recurrent else {"CenteredSoftplus"}
+    assert set(outcomes(report.replaced).values()) == one_for_two_calls
+    assert_nothing_left_unreported(network, report)
 
 
-def test_resnet_blocks_have_two_betas_each_and_stay_what_they_are():
+def test_resnet_stays_a_resnet_but_for_its_blocks():
     network, report = convert(outside("resnet18"), images(32))
     assert len(betas(network)) == 17  # the stem's and two for each of 8 blocks
     assert type(network) is torchvision.models.ResNet
-    block = network.layer2[0]
-    assert isinstance(block, torchvision.models.resnet.BasicBlock)
-    assert block.stride == 2
+    assert {entry.kind for entry in report.traced} == {"BasicBlock"}
+    assert len(report.traced) == 8
+    names = ("conv1", "bn1", "relu", "conv2", "bn2", "downsample.0", "downsample.1", "relu_1")
     assert [entry.name for entry in report.replaced if entry.name.startswith("layer2.0.")] == [
-        f"layer2.0.{name}"
-        for name in ("conv1", "bn1", "relu", "conv2", "bn2", "downsample.0", "downsample.1", "relu_1")
+        f"layer2.0.{name}" for name in names
     ]
     assert not report.left
-
-
-def test_one_activation_at_several_places_of_the_tree():
-    act = nn.SiLU()
-    network, report = convert(nn.Sequential(nn.Conv2d(3, 3, 1), act, nn.Conv2d(3, 3, 1), act))
-    assert len(betas(network)) == 2
-    assert [entry.name for entry in report.replaced] == ["0", "1", "2", "3"]
-
-
-def test_a_block_that_is_called_twice_has_one_beta_and_the_report_says_so():
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
-
-        def forward(self, x):
-            return self.block(self.block(x))
-
-    network, report = convert(Recurrent())
-    assert len(betas(network)) == 1
-    assert {entry.name: entry.note for entry in report.replaced} == {
-        "block.0": "",
-        "block.1": "called 2 times: one beta for all",
-    }
+    seen = []
+    network.layer2[0].register_forward_hook(lambda *_: seen.append(1))
+    network(images(32))
+    assert seen == [1]  # a block is still called
 
 
 def test_all_activations_modules_and_functions():
@@ -353,7 +287,7 @@ def test_all_activations_modules_and_functions():
     network, report = convert(Many(), images() - 0.5)
     assert not report.left
     assert len(betas(network)) == 11 + 12
-    assert [entry.by for entry in report.replaced].count("Sigmoid") == 2
+    assert list(outcomes(report.replaced).values()).count("Sigmoid") == 2
     assert isinstance(network.acts[12], nn.Softplus)
     x = images().requires_grad_()
     (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
@@ -361,53 +295,42 @@ def test_all_activations_modules_and_functions():
     assert x.grad.isfinite().all()
 
 
-# forwards that cannot be rewritten
+# forwards that cannot be traced
 
 
-class DataDependent(Shared):
+class Changed(Shared):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
     def forward(self, x):
-        return super().forward(x if x.mean() > 0 else -x)
+        return super().forward(self.change(self, x))
 
 
-class DropsByFunction(Shared):
-    def forward(self, x):
-        return super().forward(F.dropout(x, 0.5, self.training))
+CANNOT_BE_TRACED = {
+    "control flow": lambda self, x: x if x.mean() > 0 else -x,
+    "training mode": lambda self, x: F.dropout(x, 0.5, self.training),
+    "tensors of its own": lambda self, x: x * torch.tensor([[[1.0]], [[2.0]], [[3.0]]]),
+    "parameters are computed": lambda self, x: F.leaky_relu(x, x.shape[0]),
+}
 
 
-class MakesTensors(Shared):
-    def forward(self, x):
-        return super().forward(x * torch.tensor([[[1.0]], [[2.0]], [[3.0]]]))
-
-
-class ComputedSlope(Shared):
-    def forward(self, x):
-        return super().forward(F.leaky_relu(x, x.shape[0]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (DataDependent, "control flow"),
-        (DropsByFunction, "training mode"),
-        (MakesTensors, "tensors of its own"),
-        (ComputedSlope, "parameters are computed"),
-    ],
-)
-def test_a_forward_that_cannot_be_rewritten_is_left_and_reported(kind, reason):
-    network, report = convert(kind())
-    assert type(network) is kind
+@pytest.mark.parametrize("reason", CANNOT_BE_TRACED)
+def test_a_forward_that_cannot_be_traced_is_left_and_reported(reason):
+    network, report = convert(Changed(CANNOT_BE_TRACED[reason]))
+    assert type(network) is Changed
+    assert not report.traced
     assert len(betas(network)) == 1
-    (shared,) = (entry for entry in report.replaced if entry.kind == "ReLU")
-    assert shared.note.startswith("called 3 times: one beta for all")
-    assert reason in shared.note
-    assert reason in reasons(report)["relu"]
-    assert {"conv1", "conv2", "head"} <= {entry.name for entry in report.replaced}
-    assert_nothing_left_unreported(network, report, images())
-    if kind is DropsByFunction:  # and in training it still does
+    replaced = outcomes(report.replaced)
+    assert set(replaced) == {"conv1", "relu", "conv2", "head"}
+    assert replaced["relu"].startswith("CenteredSoftplus, one beta for 3 calls")
+    assert reason in replaced["relu"]
+    assert reason in outcomes(report.left)["relu"]
+    if reason == "training mode":  # and in training it still does
         assert not torch.equal(network.train()(images()), network(images()))
 
 
-def test_an_in_place_activation_whose_effect_cannot_be_traced_stays():
+def test_in_place_activations_whose_effect_cannot_be_traced_stay():
     class View(nn.Module):
         def __init__(self):
             super().__init__()
@@ -422,127 +345,107 @@ def test_an_in_place_activation_whose_effect_cannot_be_traced_stays():
     network, report = convert(model, x)
     assert torch.equal(network(x.clone()), model(x.clone()))
     assert {entry.kind for entry in report.left} == {"ReLU", "relu()"}
-    assert all("changes" in entry.reason for entry in report.left)
+    assert "in place" in report.left[0].outcome
+    assert "something else" in report.left[1].outcome
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_and_stochastic_depth_follow_the_mode_afterwards(training):
-    class Dropping(Shared):
-        def __init__(self):
-            super().__init__()
-            self.depth = nn.Sequential(StochasticDepth(0.5, "row"), nn.Dropout(0.2))
-
-        def forward(self, x):
-            return super().forward(self.depth(x) + F.relu(x))
-
-    network, report = convert(Dropping().train(training), images(n=16))
-    assert not report.left
-    assert all(module.training == training for module in network.modules())
+    depth = nn.Sequential(StochasticDepth(0.5, "row"), nn.Dropout(0.2))
+    model = nn.Sequential(Changed(lambda self, x: self.depth(x) + F.relu(x)))
+    model[0].depth = depth
     x = images(n=16)
-    for _ in range(2):
-        assert torch.equal(network.eval()(x), network(x))
-        u = network.conv1.u.clone()
-        assert not torch.equal(network.train()(x), network(x))
-        assert not torch.equal(network.conv1.u, u)
+    network, report = convert(model.train(training), x)
+    assert not report.left
+    assert [entry.name for entry in report.traced] == ["0"]
+    assert all(module.training == training for module in network.modules())
+    assert torch.equal(network.eval()(x), network(x))
+    u = network[0].conv1.u.clone()
+    assert not torch.equal(network.train()(x), network(x))
+    assert not torch.equal(network[0].conv1.u, u)
 
 
 # what is left
 
 
-class Exceptions(nn.Module):
-    """One of everything that has no low-curvature version."""
+class Own(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1
 
-    def __init__(self):
+
+class Calls(nn.Module):
+    """A function of the input and of the module's parts."""
+
+    def __init__(self, function, **parts):
         super().__init__()
-
-        class OwnConv(nn.Conv2d):
-            def forward(self, x):
-                return super().forward(x) + 1
-
-        self.own = OwnConv(3, 4, 1)
-        self.reflect = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
-        self.even = nn.Conv2d(4, 4, 4, padding="same")
-        self.parametrized = spectral_norm(nn.Conv2d(4, 4, 1))
-        self.weight_normed = weight_norm(nn.Linear(4, 4))
-        self.hooked = nn.Conv2d(4, 4, 1)
-        self.hook_calls = []
-        self.hooked.register_forward_hook(lambda *_: self.hook_calls.append(1))
-        self.hooked_relu = nn.ReLU()
-        self.hooked_relu.register_forward_hook(lambda module, args, output: output * 2)
-        self.two_sizes = nn.Conv2d(4, 4, 1)
-        self.one_size = nn.Conv2d(4, 4, 1)
-        self.tied1, self.tied2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-        self.tied2.weight = self.tied1.weight
-        self.zero = nn.Conv2d(4, 4, 1)
-        nn.init.zeros_(self.zero.weight)
-        self.up = nn.ConvTranspose2d(4, 4, 1)
-        self.aux = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.LayerNorm(4))
-        self.norms = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False), nn.GroupNorm(2, 4))
-        self.norms.append(nn.InstanceNorm2d(4))
-        self.prelu = nn.PReLU()
-        self.conv1d = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.Softmax(dim=-1))
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.gate = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid())
-        self.kernel = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
 
     def forward(self, x):
-        x = self.hooked_relu(self.hooked(self.parametrized(self.even(self.reflect(self.own(x))))))
-        x = self.two_sizes(x) + self.one_size(self.one_size(x)) + self.two_sizes(x[:, :, 1:]).mean()
-        x = self.up(self.zero(self.tied2(self.tied1(x)))) + x
-        x = self.prelu(self.norms(x))
-        x = x * self.gate(x)
-        x = F.conv2d(x, self.kernel).clamp(min=-1)
-        x = self.conv1d(x.flatten(2)).transpose(1, 2)
-        x, _ = self.attention(x, x, x)
-        return self.weight_normed(x).mean(dim=1)
+        return self.function(self, x)
+
+
+def exceptions(hook) -> dict[str, tuple[nn.Module, str]]:
+    """One of everything that has no low-curvature version, by the path in the report, and why not."""
+    conv = partial(nn.Conv2d, 4, 4, 1)
+    tied, twin, hooked, zero = conv(), conv(), conv(), conv()
+    twin.weight = tied.weight
+    hooked.register_forward_hook(hook)
+    nn.init.zeros_(zero.weight)
+    return {
+        "own": (Own(4, 4, 1), "Own has a forward of its own"),
+        "reflect": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "pads with 'reflect'"),
+        "even": (nn.Conv2d(4, 4, 4, padding="same"), "not the same at both ends"),
+        "parametrized": (spectral_norm(conv()), "parametrized already"),
+        "weight_normed": (weight_norm(nn.Linear(8, 8)), "parametrized already"),
+        "hooked": (hooked, "has hooks"),
+        "sizes.a": (Calls(lambda self, x: self.a(x) + self.a(x[..., 1:]).mean(), a=conv()), "several sizes"),
+        "tied": (tied, "shares its weights"),
+        "twin": (twin, "shares its weights"),
+        "zero": (zero, "its weight is zero"),
+        "up": (nn.ConvTranspose2d(4, 4, 1), "weights that are not normalized"),
+        "no_statistics": (nn.BatchNorm2d(4, track_running_stats=False), "no running statistics"),
+        "norm": (nn.GroupNorm(2, 4), "divides by its input's own statistics"),
+        "prelu": (nn.PReLU(), "not smooth"),
+        "gate.mul": (Calls(lambda self, x: 2 * x * x.sigmoid()), "product of tensors"),
+        "kernel.conv2d": (Calls(lambda self, x: F.conv2d(x, tied.weight)), "weights that are not normalized"),
+        "clamp.clamp": (Calls(lambda self, x: x.clamp(min=-1)), "not smooth"),
+        "softmax": (nn.Softmax(dim=-1), "not an activation"),
+        "flat": (nn.Flatten(2), ""),
+        "conv1d": (nn.Conv1d(4, 4, 1), "weights that are not normalized"),
+        "norm1d": (nn.BatchNorm1d(4), "only BatchNorm2d"),
+        "attention.a": (Calls(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(64, 2)), "attention"),
+        "good": (nn.Linear(64, 4), ""),
+        "unused.a": (Calls(lambda self, x: x, a=conv(), b=nn.ReLU()), "not called on the example"),
+        "unused.b": (nn.Identity(), "not called on the example"),
+    }
 
 
 def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
     torch.manual_seed(0)
-    model = Exceptions()
-    network, report = convert(model)
-    expected = {
-        "own": "OwnConv has a forward of its own",
-        "reflect": "pads with 'reflect'",
-        "even": "not the same at both ends",
-        "parametrized": "parametrized already",
-        "hooked": "has hooks",
-        "hooked_relu": "has hooks",
-        "two_sizes": "several sizes",
-        "tied1": "shares its weights",
-        "tied2": "shares its weights",
-        "zero": "its weight is zero",
-        "up": "linear map without",
-        "norms.0": "no running statistics",
-        "norms.1": "statistics",
-        "norms.2": "statistics",
-        "prelu": "its slope is trained",
-        "mul": "product of tensors",
-        "conv2d": "linear map without",
-        "clamp": "not smooth",
-        "conv1d.0": "linear map without",
-        "conv1d.1": "only BatchNorm2d",
-        "conv1d.2": "not an activation",
-        "attention": "attention",
-        "weight_normed": "parametrized already",
-        "aux.0": "not called",
-        "aux.1": "not called",
-        "aux.2": "input's own statistics",
-    }
-    found = reasons(report)
+    hook_calls = []
+    cases = exceptions(lambda *_: hook_calls.append(1))
+    model = nn.Sequential()
+    for name, (module, _) in cases.items():
+        if not hasattr(model, name.split(".")[0]):
+            model.add_module(name.split(".")[0], module)
+    network, report = convert(model, images(8, 4))
+    expected = {name: reason for name, (_, reason) in cases.items() if reason}
+    found = outcomes(report.left)
     assert list(found) == list(expected)
     for name, reason in expected.items():
         assert reason in found[name], name
-    assert [entry.name for entry in report.replaced] == ["one_size", "gate.0"]
-    assert_nothing_left_unreported(network, report, images())
+    assert outcomes(report.replaced) == {"good": "Linear with spectral_norm"}
+    assert_nothing_left_unreported(network, report)
     text = str(report)
-    assert "replaced 2\n     2 Conv2d -> SpectralNormConv2d\n" in text
+    assert "replaced 1\n     1 Linear -> Linear with spectral_norm (good)\n" in text
     assert f"left {len(expected)}\n" in text
     assert "has hooks (hooked)" in text
     assert max(map(len, text.splitlines())) < 200
-    model.hook_calls.clear()
-    network(images())
-    assert model.hook_calls == [1]  # the hook works still: it is the model's own function
+    hook_calls.clear()
+    network(images(8, 4))
+    assert hook_calls == [1]  # the hook works still: it is the model's own function
 
 
 PARTS = {
@@ -561,31 +464,32 @@ def test_each_part_is_optional(part):
     network, report = convert(model, x, **{part: False})
     kinds = {type(module) for module in network.modules()}
     assert kinds & set(PARTS.values()) == set(PARTS.values()) - {PARTS[part]}
-    assert f"{part}=False" in {entry.reason for entry in report.left}
-    assert_nothing_left_unreported(network, report, x)
+    assert f"{part}=False" in outcomes(report.left).values()
+    assert_nothing_left_unreported(network, report)
     nothing, report = convert(model, x, **dict.fromkeys(PARTS, False))
     assert not report.replaced
     assert torch.equal(nothing.eval()(x), model.eval()(x))
 
 
-def test_low_curvature_networks_are_left_alone():
-    torch.manual_seed(0)
-    model = model_architecture["resnet18lcnn"](10)
-    _, report = convert(model, images(32))
-    assert report == ConversionReport((), ())
-    again, report = convert(convert(Shared())[0])
-    assert report == ConversionReport((), ())
-    assert len(betas(again)) == 4
-
-
 # the network as a whole
+
+
+def test_low_curvature_networks_are_left_alone_and_our_standard_ones_are_converted():
+    _, report = convert(model_architecture["resnet18lcnn"](10), images(32))
+    assert report == ConversionReport((), (), ())
+    again, report = convert(convert(Shared())[0])
+    assert (report.replaced, report.left) == ((), ())
+    assert len(betas(again)) == 4
+    network, _ = convert(model_architecture["vgg11"](4, 16), images(16))
+    for kind in (CenteredSoftplus, SpectralNormConv2d, LipschitzBatchNorm2d):
+        assert len(of_kind(network, kind)) == 10
 
 
 def test_the_original_is_not_touched():
     model = nn.Sequential(Shared(inplace=True), nn.BatchNorm1d(10), nn.Linear(10, 3)).train()
     model[1].eval()
     model[0].conv2.weight.requires_grad_(False)
-    hook = model[0].register_forward_hook(lambda *_: None)
+    hook = model.register_forward_hook(lambda *_: None)
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     x = images()
     pixels, random_state = x.clone(), torch.get_rng_state()
@@ -594,15 +498,12 @@ def test_the_original_is_not_touched():
     assert torch.equal(pixels, x)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert list(model[0]._forward_hooks) == [hook.id]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model[0].children())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.children())
     assert type(model[0]) is Shared
     assert model[0].relu.inplace
     # carried over
-    assert not network[1].training
-    assert network[2].training
-    assert network[0].relu_1.training
-    assert list(network[0]._forward_hooks) == [hook.id]
+    assert [network[0].relu_1.training, network[1].training, network[2].training] == [True, False, True]
+    assert list(network._forward_hooks) == list(model._forward_hooks) == [hook.id]
     assert not network[0].conv2.weight.requires_grad
     assert network[0].conv1.weight.requires_grad
     network(x).sum().backward()
@@ -620,29 +521,28 @@ def test_state_goes_into_a_fresh_conversion_and_a_copy():
         def forward(self, x):
             return super().forward(x * self.scale)
 
-    def fresh(seed: int) -> nn.Module:
+    def fresh(seed: int, like=lambda model: model) -> nn.Module:
         torch.manual_seed(seed)
-        return Auxiliary()
+        return convert(like(Auxiliary()))[0]
 
-    first, _ = convert(fresh(0))
+    first = fresh(0)
     optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
     first.train()(images()).square().sum().backward()
     optimizer.step()
-    second, _ = convert(fresh(1))
+    second, copied = fresh(1), copy.deepcopy(first)
     second.load_state_dict(first.state_dict())
-    copied = copy.deepcopy(first)
     for network in (second, copied):
         assert torch.equal(network.eval()(images()), first.eval()(images()))
-    names = {name.replace("parametrizations.weight.original", "weight") for name in first.state_dict()}
-    assert set(fresh(0).state_dict()) <= names
-    # the same seed, the same numbers
-    torch.manual_seed(5)
-    third, _ = convert(fresh(0))
-    torch.manual_seed(5)
-    fourth, _ = convert(fresh(0))
-    assert all(
-        torch.equal(a, b) for a, b in zip(third.state_dict().values(), fourth.state_dict().values(), strict=True)
-    )
+        assert list(network.state_dict()) == list(first.state_dict())
+    names = [name.replace("parametrizations.weight.original", "weight") for name in first.state_dict()]
+    plain = list(Auxiliary().state_dict())
+    assert set(plain) <= set(names)
+    plain, names = ([name for name in both if "conv" in name or "bn" in name] for both in (plain, names))
+    assert plain == [name for name in names if name in plain]  # an optimizer's state counts on the order
+    assert all(map(torch.equal, fresh(5).state_dict().values(), fresh(5).state_dict().values()))
+    # a graph of the whole is converted like what it was traced from
+    traced = fresh(0, fx.symbolic_trace)
+    torch.testing.assert_close(traced(images()), fresh(0)(images()), rtol=1e-3, atol=1e-4)
 
 
 def test_float64_and_layers_alone():
@@ -654,24 +554,7 @@ def test_float64_and_layers_alone():
         assert network(images(dtype=torch.float64)).dtype == torch.float64
 
 
-def test_a_graph_module_is_converted_like_what_it_was_traced_from():
-    torch.manual_seed(0)
-    model = Shared()
-    network, report = convert(fx.symbolic_trace(model))
-    expected, _ = convert(model)
-    assert len(report.replaced) == 7
-    x = images()
-    for converted in (network, copy.deepcopy(network)):
-        torch.testing.assert_close(converted.eval()(x), expected.eval()(x), rtol=1e-3, atol=1e-4)
-
-
 # BatchNorm in training on few images whose last maps are of one pixel has gradients of 1e9: more images there
-def test_our_own_standard_network_becomes_low_curvature():
-    network, _ = convert(model_architecture["vgg11"](4, 16), torch.rand(2, 3, 16, 16))
-    for kind in (CenteredSoftplus, SpectralNormConv2d, LipschitzBatchNorm2d):
-        assert sum(isinstance(module, kind) for module in network.modules()) == 10
-
-
 @pytest.mark.parametrize(
     ("name", "n"),
     [
@@ -684,8 +567,8 @@ def test_our_own_standard_network_becomes_low_curvature():
 def test_torchvisions_networks_train_and_are_measured(name, n):
     x, labels = images(32, n=n), torch.arange(n)
     network, report = convert(outside(name), x[:2])
-    assert_nothing_left_unreported(network, report, x[:2])
-    assert {entry.by for entry in report.replaced} >= {"SpectralNormConv2d", "CenteredSoftplus"}
+    assert_nothing_left_unreported(network, report)
+    assert set(outcomes(report.replaced).values()) >= {"SpectralNormConv2d", "CenteredSoftplus"}
     assert {entry.kind for entry in report.left} <= {"mul()", "LayerNorm", "LayerNorm2d"}
     calibrate_batchnorm(network, x)  # untrained, MobileNet's logits are 1e-10 in eval mode otherwise
     check_model(network, x[:2], 10, name)
