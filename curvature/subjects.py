@@ -102,10 +102,13 @@ def load_subject(path: str | None, flags: argparse.Namespace, load_data: Callabl
     if dataset not in datasets:
         raise UserError(f"{name}: unknown data set {dataset!r}; there are {', '.join(datasets)}")
     data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
+    # before the data, which a damaged image size would blow up; another project's file needs them to say its sizes
+    model = build_model(checkpoint, name, flags.model_arch) if "num_classes" in checkpoint else None
     data = load_data(dataset, data_dir, checkpoint["image_size"], flags.download).to(flags.device)
-    checkpoint["image_size"], num_classes = data.test.images.shape[-1], len(data.class_names)
-    model = build_model(checkpoint, name, flags.model_arch, num_classes)
-    if checkpoint.get("num_classes", num_classes) != num_classes:
+    image_size, num_classes = data.test.images.shape[-1], len(data.class_names)
+    if model is None:
+        model = build_model(checkpoint | {"image_size": image_size}, name, flags.model_arch, num_classes)
+    elif checkpoint["num_classes"] != num_classes:
         raise UsageError(
             f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {num_classes}; "
             "give the --dataset (and --data-dir) it was trained on"
