@@ -132,10 +132,8 @@ def check_flags(flags: argparse.Namespace) -> None:
 def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
-    Of several processes all do the work, and the first reads and writes the run's files.
-
     Args:
-        arguments: the command line that gave the flags; if it is interrupted, the one that goes on is printed.
+        arguments: the command line; if the run is interrupted, the one that goes on is printed.
 
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
@@ -287,8 +285,7 @@ def train_one_epoch(
 
 
 def how_to_go_on(arguments: Sequence[str], start_again: bool) -> str:
-    """The command that continues an interrupted run; one that was to replace another and has saved nothing starts
-    again."""
+    """The command that continues an interrupted run. One that was to replace another and saved nothing starts again."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     launcher = [sys.executable]
     if distributed.world_size() > 1:

@@ -25,8 +25,8 @@ def build_optimizer(
 ) -> torch.optim.SGD:
     """SGD for the network's parameters and the loss's own.
 
-    Weight decay is on the network's, except log beta and log gamma (paper, appendix: they have penalties).
-    beta_weight_decay is for beta itself, not for the log beta that is trained, whose decay would draw beta to 1.
+    Weight decay is on the network's, except log beta and log gamma: they have penalties (paper, appendix).
+    beta_weight_decay draws beta itself to 0; weight decay on log beta would draw beta to 1.
     """
     log_betas = [m.log_beta for m in loss.model.modules() if isinstance(m, CenteredSoftplus)]
     log_gammas = [m.log_gamma for m in loss.model.modules() if isinstance(m, LipschitzBatchNorm2d)]
@@ -38,8 +38,8 @@ def build_optimizer(
     ]
     optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=lr, momentum=momentum, fused=True)
     if momentum:
-        # Fused SGD creates momentum buffers only in its first step. Create all of them now: some parameters get their
-        # first gradient later.
+        # Fused SGD creates momentum buffers only in its first step.
+        # Create all of them now: some parameters get their first gradient later.
         for parameter in loss.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -55,11 +55,7 @@ def build_optimizer(
 
 
 def load_optimizer_state(optimizer: torch.optim.SGD, state: dict, path: Path) -> None:
-    """Go on with the momenta of the checkpoint at path, whose optimizer's state_dict this is; all else is the flags'.
-
-    Raises:
-        UserError: if they are not of these parameters.
-    """
+    """Go on with the momenta in the optimizer's state of a checkpoint; UserError if they are of other parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         for index, theirs in state["state"].items():
@@ -75,21 +71,17 @@ def load_optimizer_state(optimizer: torch.optim.SGD, state: dict, path: Path) ->
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     """The rate for an epoch counted from 1: initial, times 0.1 after 75 % of the epochs and again after 87.5 %.
 
-    A function of the epoch alone, so a resumed run needs no scheduler state. A milestone that rounds down to zero
-    epochs is passed over: a one-epoch run trains at the initial rate.
+    A milestone that rounds down to zero epochs is passed over: a one-epoch run trains at the initial rate.
     """
     milestones = [int(fraction * num_epochs) for fraction in (0.75, 0.875)]
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in milestones)
 
 
 class TrainingStep:
-    """step(images, labels, weight): computes the loss of a batch, and adds weight times its gradient to every grad.
+    """step(images, labels, weight) computes the loss of a batch, and adds weight times its gradient to every grad.
 
-    A penalty on the input gradient is inside compute_loss, as autograd.grad with create_graph: one backward pass then
-    gives the gradient of loss and penalty together. With several processes it is their mean, see ``data_parallel``.
-
-    Returns:
-        ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
+    compute_loss takes the input gradient with create_graph: one backward pass gives the gradient of loss and penalty.
+    The step returns ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
 
     def __init__(self, loss: CELoss):
@@ -106,32 +98,30 @@ class TrainingStep:
 
     def check_total(self, total: Tensor) -> None:
         """Raise UserError unless the loss is something to minimize."""
-        problem = None
         if not isinstance(total, Tensor):
             problem = f"a {type(total).__name__}"
         elif total.ndim:
             problem = f"a tensor of shape {tuple(total.shape)}"
         elif not total.requires_grad:
             problem = "a tensor without gradient"
-        if problem:
-            raise UserError(
-                f"{type(self.loss).__name__}.compute_loss returned {problem}; return a scalar tensor computed from the "
-                "network's output"
-            )
+        else:
+            return
+        remedy = "return a scalar tensor computed from the network's output"
+        raise UserError(f"{type(self.loss).__name__}.compute_loss returned {problem}; {remedy}")
 
     def check_terms(self, terms: dict[str, Tensor]) -> None:
         """Raise UserError unless the terms can be columns of the metrics: scalars, the same in every step."""
         if self.names is None:
             self.names = list(terms)
-        problem = None
         if taken := [name for name in terms if name in COLUMNS]:
             problem = f"{taken[0]!r} is a column of the metrics already; rename it"
         elif list(terms) != self.names:
             problem = f"{', '.join(self.names)} at first, {', '.join(terms)} later; set the same in every step"
         elif odd := [name for name, term in terms.items() if term.ndim]:
             problem = f"{odd[0]!r} is of shape {tuple(terms[odd[0]].shape)}; set a scalar"
-        if problem:
-            raise UserError(f"the terms in the metadata of {type(self.loss).__name__}: {problem}")
+        else:
+            return
+        raise UserError(f"the terms in the metadata of {type(self.loss).__name__}: {problem}")
 
 
 class NonFiniteStep(Exception):
@@ -139,9 +129,9 @@ class NonFiniteStep(Exception):
 
 
 class FiniteSteps:
-    """From the first non-finite loss or gradient on, the fused optimizer skips its updates, because ``found_inf`` is 1.
+    """From the first non-finite loss or gradient on, the fused optimizer skips its updates: ``found_inf`` is 1.
 
-    On a GPU nothing is read back before the epoch ends, so that no step waits for it; on a CPU it is at once.
+    A GPU is asked once, when the epoch ends, so that no step waits for it. A CPU is asked at every step.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
@@ -179,10 +169,7 @@ class FiniteSteps:
 
 
 def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> dict[str, float]:
-    """One pass of optimizer steps over batches, the network in training mode.
-
-    Returns:
-        Means over the examples of what ``step`` returns.
+    """One pass of optimizer steps over batches; returns the means over the examples of what ``step`` returns.
 
     Raises:
         UserError: on a batch too small to train BatchNorm with.
@@ -215,10 +202,7 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
 
 @contextmanager
 def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[None]:
-    """Say in one line why training failed: the network, and the loss in regularized_loss.py, are the user's own code.
-
-    A mistake in regularized_loss.py itself keeps its traceback: whoever wrote it needs the line.
-    """
+    """Say in one line why training failed; a mistake in regularized_loss.py keeps its traceback, for its author."""
     name = type(loss).__name__
     try:
         yield
@@ -254,8 +238,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
 
 
 def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:
-    """How much of each batch enters the running statistics. torch's (and the paper's) 0.1 averages over some 20 steps;
-    a short low-curvature run needs more, see calibrate_batchnorm."""
+    """Set how much of each batch enters the running statistics; short low-curvature runs need more than 0.1."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
@@ -265,12 +248,11 @@ def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:
 def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
     """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.
 
-    Behind spectrally normalized convolutions the standard deviations are some hundredths, far from the initial 1, and
-    running averages take a hundred steps to get there; until then the clip min(1, s gamma) moves under the network.
-    Each layer's statistics are set just before it is applied, so that the next one sees what it will see in eval.
+    Behind spectrally normalized convolutions the standard deviations are some hundredths, far from the initial 1.
+    Running averages take a hundred steps to get there, and until then the clip min(1, s gamma) moves.
     """
 
-    def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+    def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:  # just before the layer is applied
         if norm.running_mean is not None:  # otherwise it uses each batch's own, always
             norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
             norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)))

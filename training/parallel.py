@@ -14,8 +14,8 @@ from utils.distributed import world_size
 def data_parallel(loss: nn.Module) -> nn.Module:
     """The loss; with several processes one whose backward pass averages the gradients over them.
 
-    The parameters and buffers of all processes become the first one's. DistributedDataParallel expects one backward
-    pass for each forward. It wraps the loss, not the network, so that compute_loss may apply that as often as it likes.
+    The parameters and buffers of all processes become the first one's. Because the loss is wrapped, not the network,
+    compute_loss may apply that more than once.
     """
     if world_size() == 1:
         return loss

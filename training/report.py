@@ -19,7 +19,7 @@ def format_metrics(row: dict[str, float]) -> str:
 
 
 def count_parameters(loss: nn.Module) -> str:
-    """How many numbers are trained, how many of them are a beta or a gamma, and how many the loss's own, in words."""
+    """How many numbers are trained, in words."""
     total = sum(parameter.numel() for parameter in loss.parameters())
     of_model = sum(parameter.numel() for parameter in loss.model.parameters())
     bends = sum(isinstance(m, (CenteredSoftplus, LipschitzBatchNorm2d)) for m in loss.model.modules())
@@ -29,12 +29,7 @@ def count_parameters(loss: nn.Module) -> str:
 
 
 def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module) -> None:
-    """The curves of a run, and for a low-curvature network beta and gamma by layer.
-
-    Args:
-        metrics: one dict per epoch, as in metrics.csv.
-        model: the trained network; layers are drawn in the order of its modules, from input to output in ours.
-    """
+    """The curves of a run, from a dict per epoch, and for a low-curvature network beta and gamma by layer."""
     with torch.no_grad():
         betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
         gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]

@@ -23,9 +23,8 @@ MACHINE_FLAGS = {"device", "output_dir", "download", "resume", "overwrite"}
 class Run:
     """A run's files, what --resume found in them, and whether they are this run's yet.
 
-    The files are <arch>[_<regularizer>][_adversarial]_<dataset>.pt at the run's end, ....unfinished.pt after each epoch
-    until then, ..._metrics.csv and ....png. <arch> of package.module:callable has a dot for the colon, and "lcnn" at
-    its end with --lcnn.
+    <arch>[_<regularizer>][_adversarial]_<dataset>.pt is written at the run's end, ....unfinished.pt after each epoch
+    before it. In package.module:callable a dot replaces the colon, and --lcnn adds "lcnn".
     """
 
     checkpoint: Path
@@ -44,11 +43,11 @@ class Run:
         return self.path == self.checkpoint
 
     def record(self, metrics: list[dict], entries: dict, is_last: bool) -> None:
-        """Save the epochs done so far; what a run replaces goes only now that something is in its place.
+        """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
 
         Args:
             metrics: a row for each epoch.
-            entries: the checkpoint's others; a finished one does without the optimizer's.
+            entries: the checkpoint's other entries; a finished one does without the optimizer's.
         """
         own = {"image_size": self.image_size, "flags": self.flags, "epoch": len(metrics), "metrics": metrics}
         if is_last:
@@ -89,10 +88,8 @@ def name_run(flags: argparse.Namespace) -> Run:
 def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterator[Run]:
     """The run that train_models.py's flags describe, with no other process at its files.
 
-    Of several processes all have it, and the first reads and writes the files.
-
-    Args:
-        defaults: the flags' defaults. A flag that did not exist when a run was started had, in effect, that value.
+    Of several processes all have it, and the first reads and writes the files. A flag that did not exist when a run was
+    started had, in effect, its value in ``defaults``.
 
     Raises:
         UserError: if another process trains the run, or its files cannot be written or resumed.

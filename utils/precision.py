@@ -71,8 +71,8 @@ def determinism(wanted: bool) -> Iterator[None]:
 def denormals_flushed() -> Iterator[None]:
     """Numbers below 1e-38 become 0. A smooth ReLU puts out many, and CPUs are slow with them.
 
-    The setting is each thread's own, and a new thread inherits it. So torch's worker threads are ended at both changes:
-    the next operation starts others.
+    A thread has its own setting, and inherits it from the thread that starts it. So both changes end torch's worker
+    threads: the next operation starts others.
     """
     try:
         torch.set_flush_denormal(True)
@@ -91,13 +91,9 @@ def end_worker_threads() -> None:
 
 @contextmanager
 def float32_proper() -> Iterator[None]:
-    """Arithmetic on a GPU in float32: TF32, torch's default for convolutions, has three digits, too few for second
-    derivatives.
-
-    Settings made through torch's newer fp32_precision, which these must not be mixed with, stay as they are.
-    """
+    """Arithmetic on a GPU in float32: TF32 has three digits, too few for second derivatives."""
     with ExitStack() as stack:
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # settings made through torch's newer fp32_precision stay as they are
             stack.enter_context(tf32_allowed(False))
         yield
 
