@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 runs=saved_models/quick_start
-recipe="--dataset digits --num-epochs 5 --batch-size 32 --lr 0.05 --bn-momentum 0.5 --calibrate-batchnorm --output-dir $runs --resume"
+recipe="--dataset digits --num-epochs 4 --batch-size 32 --lr 0.02 --bn-momentum 0.5 --calibrate-batchnorm --output-dir $runs --resume"
 
 say_and_do() { echo; echo "\$ $*"; "$@"; }
 
