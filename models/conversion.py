@@ -93,11 +93,8 @@ def low_curvature(
             network = copy.deepcopy(model).eval()
             calls, reasons = tracing.observe(network, example_input)[1], {}
         network, replaced, left = _replace(network, calls, enabled, reasons)
-    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
-    for name, module in network.named_modules(remove_duplicate=False):
-        while name not in modes:  # a part the conversion added is in the mode of the module it was added to
-            name = name.rpartition(".")[0]
-        module.training = modes[name]
+    for name, module in model.named_modules():  # parents first: what was added to one is in its mode
+        network.get_submodule(name).train(module.training)
     graphs = ((name, module) for name, module in network.named_modules() if isinstance(module, fx.GraphModule))
     traced = tuple(Entry(name, type(module).__name__, "torch.fx.GraphModule") for name, module in graphs)
     return network, ConversionReport(tuple(replaced), tuple(left), traced)
@@ -268,11 +265,7 @@ def _sigma(layer: SpectralNormConv2d | nn.Linear) -> Tensor:
 
 
 def _rescale(norm: nn.modules.batchnorm._BatchNorm, source: tuple[Tensor, Tensor | None] | None) -> None:
-    """Fit running statistics to the output W z / sigma + b of the layer before, where they were those of W z + b.
-
-    Args:
-        source: sigma and b; None where no normalized layer is right before the norm.
-    """
+    """Fit running statistics of W z + b to W z / sigma + b. The source is (sigma, b), if such a layer is right before."""
     if norm.running_var is None or source is None:
         return
     sigma, bias = source
