@@ -57,7 +57,7 @@ def test_a_checkpoint_does_not_run_the_code_it_names(trained, photographs, capsy
     for flags, *words in (
         ([], "if you trust that", f"--model-arch {RESNET}"),
         (["--model-arch", "torchvision.models:vgg11"], f"holds a {RESNET}"),
-        (["--model-arch", RESNET, "--image-size", 64], "images of 32 pixels"),
+        (["--model-arch", RESNET, "--image-size", 64], "--image-size 32, not 64"),
     ):
         result = run_main(estimate_curvature, ["--model-filename", path, *flags], capsys)
         assert_one_line_error(result, 2, *words)
