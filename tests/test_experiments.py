@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, run_main
 
+import estimate_curvature
 from experiments import compare_methods, two_moons
 from experiments.tables import Run, write_tables
 
@@ -103,7 +104,7 @@ def test_the_tables_numbers_are_those_of_the_runs_files(comparison, tmp_path):
             writer.writeheader()
             writer.writerows(examples)
     settings = json.loads((folder / "settings.json").read_text())["settings"]
-    write_tables(folder, compare_methods.all_runs(folder), settings)
+    write_tables(folder, compare_methods.finished_runs(folder), settings)
 
     def by_seed(method: str, compute) -> list[float]:
         return [compute(folder / method / seed) for seed in ("seed1729", "seed1730")]
@@ -194,7 +195,7 @@ def test_a_run_that_fails_ends_the_comparison_in_one_line(photographs, tmp_path,
     result = run_main(compare_methods, flags, capsys)
     assert_one_line_error(result, 1, "--batch-size")
     assert "[1/2] standard seed 1729" in result.stdout
-    assert not Run(tmp_path / "standard" / "seed1729").is_finished()
+    assert not Run("Standard", tmp_path / "standard" / "seed1729").is_finished()
 
 
 def test_the_rows_of_table_1_and_quick():
@@ -222,7 +223,7 @@ def test_the_rows_of_table_1_and_quick():
     assert {(f.reg_gnorm, f.num_epochs, f.calibrate_batchnorm) for f in overridden.values()} == {(0.5, 1, False)}
     flags = compare_methods.build_parser().parse_args(["--num-samples", "7", "--quick"])
     assert (flags.num_samples, flags.split) == (7, "test")
-    assert compare_methods.curvature_flags(flags).num_samples == 7
+    assert compare_methods.measuring_flags(estimate_curvature, flags).num_samples == 7
 
 
 @pytest.mark.long
