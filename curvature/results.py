@@ -111,15 +111,17 @@ def named(results: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def comparison_table(results: pd.DataFrame) -> str:
     """All models and splits side by side, a row for each: accuracy, means, and the median curvature."""
-    table, groups = [], named(results)
+    groups = named(results)
+    width = max(len("model"), *(len(name) for name, _ in groups))
+    heads = ("accuracy", "||grad l||", "||hess l||", "C", "median C", "converged")
+    lines = [f"{'model':<{width}}  split  examples" + "".join(f"{head:>12}" for head in heads)]
     for name, rows in groups:
         summary = summarize(rows)
         numbers = [summary[quantity]["mean"] for quantity in QUANTITIES] + [summary["curvature"]["median"]]
-        cells = [rows["split"].iloc[0], len(rows), f"{summary['accuracy']:.2f} %", *(f"{x:.4g}" for x in numbers)]
-        table.append([name, *cells, f"{summary['converged'] / max(1, summary['averaged']):.0%}"])
-    heads = ["model", "split", "examples", "accuracy", "||grad l||", "||hess l||", "C", "median C", "converged"]
-    table = pd.DataFrame(table, columns=heads).set_index("model").rename_axis(index=None, columns="model")
-    lines = [table.to_string(col_space=11)]
+        cells = [f"{summary['accuracy']:.2f} %", *(f"{number:.4g}" for number in numbers)]
+        cells.append(f"{summary['converged'] / max(1, summary['averaged']):.0%}")
+        row = "".join(f"{cell:>12}" for cell in cells)
+        lines.append(f"{name:<{width}}  {rows['split'].iloc[0]:<5}  {len(rows):>8}{row}")
     for split in sorted(set(results["split"])):
         if len({tuple(rows["index"]) for _, rows in groups if rows["split"].iloc[0] == split}) > 1:
             lines.append(f"not all rows of the {split} split are of the same examples")
