@@ -265,7 +265,7 @@ def _sigma(layer: SpectralNormConv2d | nn.Linear) -> Tensor:
 
 
 def _rescale(norm: nn.modules.batchnorm._BatchNorm, source: tuple[Tensor, Tensor | None] | None) -> None:
-    """Fit running statistics of W z + b to W z / sigma + b. The source is (sigma, b), if such a layer is right before."""
+    """Fit running statistics of W z + b to W z / sigma + b; source is (sigma, b) of the layer right before, if any."""
     if norm.running_var is None or source is None:
         return
     sigma, bias = source
