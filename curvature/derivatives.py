@@ -105,12 +105,12 @@ class DoubleBackwardHessian(InputHessian):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._logits = self.model(self._at.clone())
             check_labels(self.labels, self._logits)
-            self._gradient = torch.zeros_like(self.images)
-            if self._logits.requires_grad:
-                residual = CrossEntropyGradient.apply(self._logits, self.labels)
-                (self._gradient,) = torch.autograd.grad(
-                    self._logits, self._at, residual, create_graph=True, materialize_grads=True
-                )
+            if not self._logits.requires_grad:
+                raise ValueError("the logits carry no gradient; remove any no_grad or detach from the model's forward")
+            residual = CrossEntropyGradient.apply(self._logits, self.labels)
+            (self._gradient,) = torch.autograd.grad(
+                self._logits, self._at, residual, create_graph=True, materialize_grads=True
+            )
         self._rows = torch.arange(len(self.images), device=self.images.device)
 
     def product(self, v):

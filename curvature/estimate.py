@@ -94,7 +94,7 @@ def estimate_curvature(
             eval mode and left as it was found. Networks of this project are folded first (curvature/folding.py), once
             for many calls if the model is already a FoldedNetwork.
         images: (N, ...) pixels in the model's dtype, on its device.
-        labels: (N,) class indices.
+        labels: (N,) class indices, of any integer type.
         method: a key of ``methods``: "lanczos", or "power" for power iteration, the paper's.
         num_iterations: the most Hessian-vector products to spend on an example.
         tol: an example is done when its relative residual is this small: some eigenvalue is then within tol of the one
@@ -106,7 +106,8 @@ def estimate_curvature(
         use_folding: False differentiates our networks by double backward like any other; a FoldedNetwork stays one.
 
     Raises:
-        ValueError: on an unknown method, numbers that make no sense, or labels that do not fit the images.
+        ValueError: on an unknown method, numbers that make no sense, what is no tensor, labels that do not fit the
+            images, or logits that carry no gradient.
     """
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(methods)}")
@@ -115,11 +116,16 @@ def estimate_curvature(
         least = 1 if name in ("num_iterations", "top_k") else 0
         if not number >= least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        kinds = f"images and labels of types {type(images).__name__} and {type(labels).__name__}"
+        raise ValueError(f"{kinds}; give tensors, made by torch.as_tensor say")
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype}; give one or more, floating point")
     if len(images) != len(labels) or labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)} and {labels.dtype}")
-    with prepared(model, use_folding) as network:
+    # tensors of torch.inference_mode cannot be differentiated, but their copies outside it can
+    with torch.inference_mode(False), prepared(model, use_folding) as network:
+        images, labels = images.clone(), labels.to(torch.int64, copy=True)
         hessian = input_hessian(network, images, labels)
         trace = trace_error = None
         if trace_probes:  # while every example is still in the batch

@@ -139,15 +139,38 @@ def test_the_lanczos_start_leans_on_the_gradient_but_is_not_it():
     torch.testing.assert_close(starting_vectors("lanczos", 0 * gradient, seeded()), power)
 
 
-@pytest.mark.parametrize("detached", [True, False])
-def test_a_model_whose_loss_is_constant_has_no_curvature(detached):
-    class Constant(nn.Module):
-        def forward(self, x):
-            x = x.detach() if detached else x
-            return torch.zeros(len(x), 3, dtype=x.dtype) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+class Constant(nn.Module):
+    def forward(self, x):
+        return torch.zeros(len(x), 3, dtype=x.dtype) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
 
+
+def test_a_model_whose_loss_is_constant_has_no_curvature():
     estimate = estimate_curvature(Constant(), *examples(2))
     assert estimate.hessian_norm.tolist() == estimate.curvature.tolist() == estimate.residual.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("cut", [lambda x: Constant()(x.detach()), torch.no_grad()(Constant().forward)])
+def test_logits_without_a_gradient_are_refused(cut):
+    model = Constant()
+    model.forward = cut
+    with pytest.raises(ValueError, match="carry no gradient; remove any no_grad"):
+        estimate_curvature(model, *examples(2))
+
+
+@pytest.mark.parametrize("use_folding", [True, False])
+def test_the_callers_grad_mode_and_the_type_of_labels_do_not_matter(use_folding):
+    model = model_architecture["vgg11lcnn"](3, 16).double()
+    x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 2])
+
+    def curvature(images, labels):
+        generator = torch.Generator().manual_seed(0)
+        return estimate_curvature(model, images, labels, generator=generator, use_folding=use_folding).curvature
+
+    truth = curvature(x, y)
+    with torch.no_grad():
+        assert torch.equal(curvature(x, y.to(torch.uint8)), truth)
+    with torch.inference_mode():
+        assert torch.equal(curvature(x + 0, y.to(torch.int32)), truth)
 
 
 def test_neither_the_batch_nor_the_order_changes_results():
@@ -229,6 +252,8 @@ def test_leaves_the_model_as_it_was_even_when_it_fails():
         ({"labels": torch.tensor([-1, 0])}, "has 3 classes"),
         ({"labels": torch.tensor([0.0, 1.0])}, "of shape"),
         ({"labels": torch.tensor([0])}, r"labels of shape \(1,\)"),
+        ({"labels": [0, 1]}, "types Tensor and list; give tensors"),
+        ({"images": torch.zeros(2, 2, 4, 4).numpy()}, "types ndarray and Tensor; give tensors"),
         ({"images": torch.zeros(2, 2, 4, 4, dtype=torch.uint8)}, "of shape"),
         ({"images": torch.zeros(0, 2, 4, 4), "labels": torch.arange(0)}, "of shape"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
