@@ -37,7 +37,12 @@ def input_gradient(losses: Tensor, input: Tensor) -> Tensor:
     Returns:
         (N, ...), row i = d(sum of losses) / d(input i). That is the gradient of loss i alone wherever examples do not
         mix; a BatchNorm in training mode mixes them a little.
+
+    Raises:
+        ValueError: unless there is one loss an example. The gradient of a batch mean is N times too small.
     """
+    if losses.shape != input.shape[:1]:
+        raise ValueError(f"losses of shape {tuple(losses.shape)} for {len(input)} examples; give one for each, (N,)")
     return torch.autograd.grad(losses.sum(), input, create_graph=True)[0]
 
 

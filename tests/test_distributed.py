@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, run_main
 
+import estimate_curvature
 import train_models
 from models.checkpoint import read_checkpoint
 from tests.distributed_worker import gradients_of_every_loss
@@ -125,6 +126,15 @@ def test_a_refused_run_is_refused_once(photographs, tmp_path):
     assert result.returncode == 1  # torchrun's own code
     assert result.stderr.count("train_models.py: error:") == 1
     assert "--overwrite" in result.stderr
+
+
+def test_srun_without_torchrun_is_refused(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for script, flags in ((train_models, training_flags(photographs, tmp_path)), (estimate_curvature, ["--layers"])):
+        result = run_main(script, [*flags, "--num-threads", 1], capsys)
+        assert_one_line_error(result, 2, "srun starts 2 processes", "--ntasks-per-node=1", "torchrun")
+    assert torch.get_num_threads() == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--precision=tf32"])

@@ -18,6 +18,7 @@ from regularized_loss import (
     CurvatureBoundRegularizedLoss,
     CurvatureRegularizedLoss,
     GradNormRegularizedLoss,
+    gradnorm_penalty,
     regularizers,
 )
 from training.epoch import TrainingStep, build_optimizer, train_epoch
@@ -171,6 +172,13 @@ def test_gradient_norm_penalty_does_not_depend_on_the_batch_size(model):
     once = loss.metadata["gradnorm"]
     loss.compute_loss(x.repeat(2, 1, 1, 1), y.repeat(2))
     assert loss.metadata["gradnorm"] == pytest.approx(once, rel=1e-12)
+
+
+def test_a_batch_mean_is_no_loss_of_each_example(model):
+    x, y = batch(3)
+    x.requires_grad_()
+    with pytest.raises(ValueError, match=r"losses of shape \(\) for 3 examples; give one for each"):
+        gradnorm_penalty(F.cross_entropy(model(x), y), x)
 
 
 def test_gradient_norm_on_a_linear_model_is_known():

@@ -23,7 +23,7 @@ def test_beta_and_gamma_have_no_weight_decay_and_everything_else_has():
     assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("num_epochs", [4, 7, 8, 20, 200])
+@pytest.mark.parametrize("num_epochs", [5, 7, 8, 20, 200])
 def test_the_schedule_is_torchs_multistep(num_epochs):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     milestones = [int(0.75 * num_epochs), int(0.875 * num_epochs)]
@@ -77,8 +77,12 @@ def test_a_weight_may_get_its_first_gradient_after_the_first_step():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_one_epoch_run_trains_at_the_initial_rate():
-    assert learning_rate(0.1, 1, 1) == 0.1
+@pytest.mark.parametrize(
+    ("num_epochs", "rates"), [(1, [1]), (2, [1, 0.1]), (3, [1, 0.1, 0.01]), (4, [1, 1, 0.1, 0.01])]
+)
+def test_short_runs_pass_through_each_rate(num_epochs, rates):
+    found = [learning_rate(1.0, epoch, num_epochs) for epoch in range(1, num_epochs + 1)]
+    assert found == pytest.approx(rates)
 
 
 def test_calibration_passes_over_batchnorms_that_keep_no_statistics():

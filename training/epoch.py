@@ -71,10 +71,12 @@ def load_optimizer_state(optimizer: torch.optim.SGD, state: dict, path: Path) ->
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     """The rate for an epoch counted from 1: initial, times 0.1 after 75 % of the epochs and again after 87.5 %.
 
-    A milestone that rounds down to zero epochs is passed over: a one-epoch run trains at the initial rate.
+    Where both round down to the same epoch, the first comes one earlier, so that a short run passes through both rates.
+    A milestone at zero epochs is passed over: a one-epoch run trains at the initial rate.
     """
-    milestones = [int(fraction * num_epochs) for fraction in (0.75, 0.875)]
-    return initial * 0.1 ** sum(0 < milestone < epoch for milestone in milestones)
+    second = int(0.875 * num_epochs)
+    first = min(int(0.75 * num_epochs), second - 1)
+    return initial * 0.1 ** sum(0 < milestone < epoch for milestone in (first, second))
 
 
 class TrainingStep:

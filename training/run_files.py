@@ -16,7 +16,7 @@ from utils.errors import UsageError, UserError, one_line
 from utils.files import make_room, remove_leftovers, write_atomically
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
-MACHINE_FLAGS = {"device", "output_dir", "download", "resume", "overwrite"}
+MACHINE_FLAGS = {"device", "num_threads", "output_dir", "download", "resume", "overwrite"}
 
 
 @dataclass

@@ -102,6 +102,8 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     """--device and --seed, the same in every script; returns their group."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
+    threads = "CPU threads (default: torch's choice); one is often fastest for small networks"
+    group.add_argument("--num-threads", type=positive_int, help=threads)
     names, seed = ("--prng-seed", "--prng_seed", "--seed"), number(int, 0, 2**31)
     group.add_argument(*names, type=seed, default=1729, help="seed of everything random")
     return group
@@ -134,7 +136,10 @@ def run(
     """
     try:
         with sigterm_as_an_exception():
-            command(parser.parse_args(argv))
+            flags = parser.parse_args(argv)
+            if getattr(flags, "num_threads", None):
+                torch.set_num_threads(flags.num_threads)
+            command(flags)
         return 0
     except SystemExit as stop:  # --help
         return stop.code or 0
