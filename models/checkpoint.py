@@ -9,7 +9,9 @@ A checkpoint of ours is one torch file of plain tensors, dicts, lists, numbers a
 
 import functools
 import io
+import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,8 +25,11 @@ from utils.files import write_atomically
 FORMAT = {"format": "lcnn", "version": 1}
 REQUIRED = {"model_arch": str, "dataset": str, "num_classes": int, "image_size": int}
 REQUIRED |= {"flags": dict, "epoch": int, "metrics": list, "model": dict}
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # where training scripts put a state_dict
-PARALLEL = "module."  # DataParallel's prefix to every key
+# where training scripts put a state_dict
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema", "ema")
+# segments of keys that wrappers of a network add: DataParallel, torch.compile, Lightning, ...
+WRAPPER_SEGMENTS = {"module", "_orig_mod", "model", "net"}
+EXTRA_STATE = "_extra_state"  # the end of the key of what a module's get_extra_state returned
 REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
 
 
@@ -72,9 +77,7 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
         if model_arch == f"{own}lowbeta":  # the reference does not record the activation's sharpness
             own = content["model_arch"] = model_arch
     else:
-        if isinstance(content, dict):
-            content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
-        return {"model_arch": model_arch, "model": as_state_dict(content, path)}
+        return {"model_arch": model_arch, "model": find_state_dict(content, path)}
     if model_arch not in (None, own):
         raise UsageError(f"{path} holds a {own}, not a {model_arch}; leave --model-arch out")
     return content
@@ -88,6 +91,8 @@ def read_file(path: Path):
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         if zipfile.is_zipfile(path):  # torch itself lets flipped bits in tensors pass
             with zipfile.ZipFile(path) as archive:
@@ -95,9 +100,27 @@ def read_file(path: Path):
                     raise ValueError(f"{damaged} has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        if found := re.search(r"(?:GLOBAL|class|function) ([\w.]+) was not an allowed global", str(error)):
+            problem = f"{path} holds the Python class or function {found[1]}, which is not loaded"
+            raise UserError(f"{problem}; save the weights alone, by torch.save(model.state_dict(), file)") from None
         raise UserError(
             f"{path}: not readable weights: truncated, damaged, or not plain tensors ({type(error).__name__}); {REMEDY}"
         ) from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; UserError where the package is missing, or the file is damaged."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            f"{path}: pip install safetensors reads such files; or give one that torch.save wrote"
+        ) from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable weights ({one_line(error)}); {REMEDY}") from error
 
 
 def check_own_format(checkpoint: dict, path: str | Path) -> None:
@@ -117,16 +140,41 @@ def check_own_format(checkpoint: dict, path: str | Path) -> None:
     as_state_dict(checkpoint["model"], path)
 
 
-def as_state_dict(content, path: str | Path) -> dict[str, Tensor]:
-    """The content of a file, if it is a state_dict of plain tensors; UserError otherwise."""
+def find_state_dict(content, path: str | Path) -> dict[str, Tensor]:
+    """The state_dict in a file of other people's: bare, under one of ``WRAPPERS``, or one level deeper.
 
-    def is_plain(value) -> bool:  # dense, with all of its numbers in the file
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+    Raises:
+        UserError: if there is none; it names entries of other names that look like one.
+    """
+    found = content
+    for _ in range(2):
+        if isinstance(found, dict):
+            found = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), found)
+    others = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, dict) else []
+    if others and not is_state_dict(found):
+        names = " and ".join(map(repr, others))
+        raise UserError(
+            f"{path}: holds weights under {names}; save the one to load alone, by torch.save(its dict, file)"
+        )
+    return as_state_dict(found, path)
+
+
+def is_state_dict(content) -> bool:
+    """Whether it maps names to plain tensors; an extra state may be anything."""
+
+    def is_plain(key, value) -> bool:  # dense, with all of its numbers in the file
+        if isinstance(key, str) and key.endswith(EXTRA_STATE):
+            return True
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             return False
         return value.nbytes <= value.untyped_storage().nbytes()
 
-    entries = content.items() if isinstance(content, dict) else ()
-    if not entries or not all(isinstance(key, str) and is_plain(value) for key, value in entries):
+    return isinstance(content, dict) and len(content) > 0 and all(is_plain(*entry) for entry in content.items())
+
+
+def as_state_dict(content, path: str | Path) -> dict[str, Tensor]:
+    """The content of a file, if it is a state_dict of plain tensors; UserError otherwise."""
+    if not is_state_dict(content):
         raise UserError(f"{path}: holds no state_dict, and is no checkpoint of this program; {REMEDY}")
     return content
 
@@ -170,19 +218,19 @@ def build_model(
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, name: str) -> nn.Module:
     """Copy a state_dict into the model, whose floating-point dtype becomes the state_dict's (its widest).
 
-    A model on the "meta" device takes over the state_dict's tensors themselves.
+    Keys may have wrappers' segments more or less, see ``align``. A model on the "meta" device takes over the tensors.
 
     Raises:
         UserError: if a key is missing, left over, or has another shape or an impossible dtype.
     """
     try:
-        if all(key.startswith(PARALLEL) for key in state) and not state.keys() & model.state_dict().keys():
-            state = {key.removeprefix(PARALLEL): value for key, value in state.items()}
+        state = align(state, model.state_dict(), path)
         for key, own in model.state_dict().items():
             found = state.get(key, own)
             if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
                 raise TypeError(f"{key} is of {found.dtype}")
-        dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+        tensors = [value for value in state.values() if isinstance(value, Tensor)]
+        dtypes = {value.dtype for value in tensors if value.is_floating_point()}
         dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
         if any(parameter.is_meta for parameter in model.parameters()):
             model.load_state_dict(state, assign=True)
@@ -195,6 +243,39 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
             "give the model, and the data set, that they were trained for"
         ) from error
     return model
+
+
+def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The state_dict under the names of the model's own, if only the segments of wrappers tell them apart.
+
+    Raises:
+        KeyError: with the counts, and the first missing and the first unexpected key, if keys are left over.
+    """
+    if "n_averaged" in state and "n_averaged" not in own:  # torch's AveragedModel counts in it
+        state = {key: value for key, value in state.items() if key != "n_averaged"}
+    if state.keys() == own.keys():
+        return state
+    theirs, ours = bare_names(state), bare_names(own)
+    missing = [key for name, key in ours.items() if name not in theirs]
+    unexpected = [key for name, key in theirs.items() if name not in ours]
+    if missing or unexpected or len(theirs) < len(state) or len(ours) < len(own):
+        problem = f"{len(missing)} keys of the model missing, {len(unexpected)} unexpected"
+        problem += f"; first missing {missing[0]}" if missing else ""
+        problem += f"; first unexpected {unexpected[0]}" if unexpected else ""
+        raise KeyError(problem)
+    example = next(name for name in ours if ours[name] != theirs[name])
+    print(f"{path}: wrappers' names added or taken away, such as {theirs[example]} read as {ours[example]}")
+    return {ours[name]: state[theirs[name]] for name in ours}
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each key without wrappers' segments -> the key. A number in front goes, a Sequential's, if all keys have it."""
+    names = {key: [part for part in key.split(".") if part not in WRAPPER_SEGMENTS] for key in keys}
+    while len({parts[0] for parts in names.values()}) == 1 and all(
+        len(parts) > 1 and parts[0].isdigit() for parts in names.values()
+    ):
+        names = {key: parts[1:] for key, parts in names.items()}
+    return {".".join(parts): key for key, parts in names.items()}
 
 
 def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:

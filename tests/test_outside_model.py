@@ -1,6 +1,7 @@
 """Models of other people: named by module and function, with weights in files as training scripts leave them."""
 
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ class Holder(nn.Module):
     def __init__(self):
         super().__init__()
         self.module = Small(10)
+
+class Extra(Small):
+    version = 2
+
+    def get_extra_state(self):
+        return {"version": self.version}
+
+    def set_extra_state(self, state):
+        self.version = state["version"]
 
 instance = Small()
 number = 3
@@ -91,21 +101,56 @@ def test_num_classes_goes_to_whoever_takes_it(user_file, function, classes):
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict", "net"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_wrapped_state_dicts_of_any_dtype(user_file, wrapper, prefix):
+def under(prefix: str, state: dict) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "example"),
+    [
+        (lambda state: state, None),
+        (lambda state: {"state_dict": state, "epoch": 3, "best": 0.9}, None),
+        (lambda state: {"model": {"state_dict": state}}, None),
+        (lambda state: {"state_dict_ema": state, "epoch": 3}, None),
+        (lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()}, None),
+        (lambda state: {"net": under("module.", state)}, "module.0.weight"),
+        (lambda state: under("_orig_mod.", state), "_orig_mod.0.weight"),
+        (lambda state: {"model": under("_orig_mod.module.", state)}, "_orig_mod.module.0.weight"),
+        (lambda state: {"state_dict": under("1.module.", state)}, "1.module.0.weight"),
+        (lambda state: under("module.", state) | {"n_averaged": torch.tensor(3)}, "module.0.weight"),
+    ],
+)
+def test_weights_in_the_layouts_that_training_code_leaves(user_file, layout, example, capsys):
     trained = build("my_models:ten").double()
     trained[1].running_mean.uniform_()  # buffers count, too
-    state = {prefix + key: value for key, value in trained.state_dict().items()}
-    path = save(user_file / "weights.pt", {wrapper: state, "epoch": 3, "best": 0.9} if wrapper else state)
+    path = save(user_file / "weights.pt", layout(trained.state_dict()))
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(build("my_models:ten", path)(x), trained(x))
+    said = capsys.readouterr().out
+    assert said == "" if example is None else f"{example} read as 0.weight" in said
+    # and the other way round: the model has the wrapper
+    holder = build("my_models:Holder", path)
+    assert torch.equal(holder.module(x), trained(x))
 
 
-def test_a_layer_of_the_models_own_called_module_is_no_prefix(user_file):
+def test_a_layer_of_the_models_own_called_module_is_no_prefix(user_file, capsys):
     trained = build("my_models:Holder")
     model = build("my_models:Holder", save(user_file / "weights.pt", trained.state_dict()))
     assert torch.equal(model.module[0].weight, trained.module[0].weight)
+    assert capsys.readouterr().out == ""
+
+
+def test_extra_state_need_not_be_a_tensor(user_file):
+    trained = build("my_models:Extra")
+    trained.version = 7
+    assert build("my_models:Extra", save(user_file / "weights.pt", trained.state_dict())).version == 7
+
+
+def test_safetensors(user_file):
+    safetensors = pytest.importorskip("safetensors.torch")
+    trained = build("my_models:ten")
+    safetensors.save_file(trained.state_dict(), user_file / "weights.safetensors")
+    assert torch.equal(build("my_models:ten", user_file / "weights.safetensors")[0].weight, trained[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +178,14 @@ def test_names_of_nothing_that_builds_a_model(user_file, arch, code, words):
 
 def test_files_that_hold_no_fitting_weights(user_file):
     state = build("my_models:ten").state_dict()
+    renamed = {"b" if key == "0.bias" else key: value for key, value in state.items()}
     fitting = r"odd\.pt: the weights do not fit my_models:ten with 10 classes"
     for words, content in (
         ("holds no state_dict", {}),
         ("holds no state_dict", {"model": {"net": {}}}),
+        ("holds weights under 'student' and 'teacher'; save", {"student": state, "teacher": state}),
+        ("the Python class or function argparse.Namespace.*weights alone", {"state_dict": state, "args": Namespace()}),
+        (r"1 keys of the model missing, 1 unexpected; first missing 0.bias; first unexpected b", renamed),
         (fitting, {key: value for key, value in state.items() if key != "5.weight"}),
         (fitting, state | {"extra": torch.zeros(1)}),
     ):
