@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set: images (n, 3, H, H) uint8 and labels (n,) int64, on one device."""
+    """Images (n, 3, H, H) uint8 and labels (n,) int64, on one device."""
 
     images: Tensor
     labels: Tensor
@@ -36,7 +36,7 @@ class Split:
 
 
 class Batch(NamedTuple):
-    """A process's part of a batch of training: pixels (n, 3, H, H) and labels (n,)."""
+    """A process's part of a training batch: pixels (n, 3, H, H) and labels (n,)."""
 
     images: Tensor
     labels: Tensor
@@ -45,12 +45,12 @@ class Batch(NamedTuple):
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images -> pixels in [0, 1], as the models expect them: without normalization."""
+    """uint8 images -> pixels in [0, 1], without normalization."""
     return images.to(dtype) / 255
 
 
 def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """torchvision's RandomCrop(H, padding) and, if ``flip``, RandomHorizontalFlip of a batch (N, C, H, W)."""
+    """RandomCrop(H, padding) and, if ``flip``, RandomHorizontalFlip of images (N, C, H, W)."""
     n, _, height, width = images.shape
     device = images.device
     dy, dx = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, device=device)
@@ -67,7 +67,7 @@ def random_crop_and_flip(images: Tensor, padding: int, flip: bool, generator: to
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Each epoch's own seed: a resumed run shuffles and augments as if it had never stopped."""
+    """Each epoch's own seed, so that a resumed run shuffles and augments as if it had never stopped."""
     return (seed * 1_000_003 + epoch) % 2**63
 
 
@@ -76,9 +76,9 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Every process augments the whole batch and keeps every world_size-th example: the images do not depend on the number
-    of processes. The last batch may be smaller; a single example joins the batch before, as BatchNorm cannot be
-    trained on one 1 x 1 image. The crop's padding is H / 8: 4 at 32 x 32. Pixels are float32.
+    Every process augments the whole batch and keeps every world_size-th example, so that the images do not depend on
+    world_size. A single last example joins the batch before, as BatchNorm cannot be trained on one 1 x 1 image. The
+    crop's padding is H / 8. Pixels are float32.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)
@@ -99,6 +99,6 @@ def training_batches(
 
 
 def batches(split: Split, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor]]:
-    """The split in its own order, un-augmented: pixels (n, 3, H, H) and labels (n,)."""
+    """The split in order, not augmented: pixels (n, 3, H, H) and labels (n,)."""
     for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
         yield to_pixels(images, dtype), labels

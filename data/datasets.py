@@ -19,7 +19,7 @@ from utils.progress import progress
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory: two splits, and the names of the classes their labels index."""
+    """Two splits, and the names of the classes that the labels index."""
 
     train: Split
     test: Split
@@ -65,9 +65,8 @@ def explained(name: str, data_dir: Path, files: list[str], url: str, download: b
         elif missing:
             message = f"{name}: {data_dir / missing[0]} is missing; pass --download, or {how}"
         else:
-            message = (
-                f"{name}: a file under {data_dir} is damaged ({error}); delete it and pass --download, or {how} again"
-            )
+            damaged = f"a file under {data_dir} is damaged ({error})"
+            message = f"{name}: {damaged}; delete it and pass --download, or {how} again"
         raise UserError(message) from error
 
 
@@ -109,7 +108,7 @@ def load_digits(data_dir: Path, size: int, download: bool) -> ImageData:
 
 
 def read_image(path: str):
-    """The image at path as PIL's RGB; of 16-bit greys the upper 8 bits, where PIL would clip to white."""
+    """The image at path in RGB; of 16-bit greys the upper 8 bits, where PIL would clip to white."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -183,11 +182,12 @@ def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None,
     entry = datasets[name]
     with distributed.first_of_machine_first() if download else contextlib.nullcontext():
         data = entry.load(Path(data_dir), image_size or entry.image_size, download)
+    classes = len(data.class_names)
     for split_name, split in (("training", data.train), ("test", data.test)):
         if not len(split):
             raise UserError(f"{name}: {data_dir} has no {split_name} images; use another copy of it")
-        low, high, classes = int(split.labels.min()), int(split.labels.max()), len(data.class_names)
+        low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= classes:
-            where = f"{name}: the {split_name} labels under {data_dir}"
-            raise UserError(f"{where} go from {low} to {high}, but there are {classes} classes; use another copy of it")
+            found = f"the {split_name} labels under {data_dir} go from {low} to {high}"
+            raise UserError(f"{name}: {found}, but there are {classes} classes; use another copy of it")
     return data

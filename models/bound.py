@@ -2,11 +2,8 @@
 
 For f = f_L o ... o f_1 with n_i the output dimension of f_i,
     C_f <= sum_i n_i * max C_{f_i} * prod_{j <= i} Lip(f_j).
-Here the f_i with curvature are the centered softplus (C <= b = beta + 1e-3, Lip <= 1) and the cross-entropy; linear
-layers only enter the product. Of a residual block's two paths the larger constant counts (see ResidualBlock).
-
-The bound shows which layers matter. It is no certificate for every input: where the units' contributions to the
-gradient cancel, the curvature, a ratio to that gradient, can exceed it.
+The centered softplus (C <= b = beta + 1e-3, Lip <= 1) and the cross-entropy have curvature; linear layers only enter
+the product. It is no certificate: where contributions to the gradient cancel, the curvature can exceed the bound.
 """
 
 import copy
@@ -22,14 +19,14 @@ from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormCo
 from models.resnet import ResidualBlock, ResNet
 from models.vgg import VGG
 
-# of the cross-entropy as a function of the logits: the norm of p - e_y is at most sqrt 2, and so is
-# lambda_max(diag p - p p^T) / ||p - e_y|| (sqrt 2 * p_y for two classes; found by search to be no larger for more)
+# of the logits: the norm of p - e_y is at most sqrt 2, and so is lambda_max(diag p - p p^T) / ||p - e_y||
+# (sqrt 2 * p_y for two classes; found by search to be no larger for more)
 CROSS_ENTROPY_LIPSCHITZ = CROSS_ENTROPY_CURVATURE = math.sqrt(2)
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """An activation with the convolution and BatchNorm that feed it; None for what the layer lacks."""
+    """An activation with its convolution and BatchNorm; None for what the layer lacks."""
 
     name: str  # dotted module path of the activation, shortcut or classifier
     lipschitz: float  # of the map from the network's input to this layer's output
@@ -57,9 +54,9 @@ class LayerTable:
 def walk(model: ResNet | VGG, log_constant: Callable[[nn.Sequential], Tensor]) -> Iterator[tuple]:
     """Yield (name, layer, activation, log_lipschitz) for every convolution, from input to output.
 
-    A layer is a convolution with its BatchNorm, whose log Lipschitz constant ``log_constant`` gives; ``log_lipschitz``
-    is that of the map from the input to the activation's output. A shortcut has no activation, and is named itself.
-    Last comes the classifier, with the log_lipschitz of the map to its input.
+    A layer is a convolution with its BatchNorm, and has log Lipschitz constant ``log_constant(layer)``. log_lipschitz
+    is that of the map from the input to the activation's output, or to that of a shortcut, which has no activation.
+    Of a residual block's two paths the larger counts. Last comes the classifier, with that of the map to its input.
     """
     needed = {SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus}
     if not isinstance(model, ResNet | VGG) or not needed <= {type(module) for module in model.modules()}:
@@ -92,10 +89,9 @@ def walk(model: ResNet | VGG, log_constant: Callable[[nn.Sequential], Tensor]) -
 
 @torch.no_grad()
 def layer_table(model: ResNet | VGG) -> LayerTable:
-    """beta, gamma and the terms of the curvature bound, as the network has them in eval mode.
+    """beta, gamma and the terms of the curvature bound in eval mode; the model is not changed.
 
-    A normalized convolution counts as Lipschitz constant 1, which it has up to its power iteration. The model may be in
-    any mode and on any device; it is not changed.
+    A normalized convolution counts with Lipschitz constant 1, which it has up to its power iteration.
 
     Raises:
         ValueError: if the model is not a low-curvature ResNet or VGG of this program.
@@ -105,7 +101,7 @@ def layer_table(model: ResNet | VGG) -> LayerTable:
         s = (layer.norm.running_var.min() + layer.norm.eps).sqrt()
         return torch.minimum(-s.log(), layer.norm.log_gamma)
 
-    # a copy: merely reading the classifier's normalized weight changes it in training mode
+    # a copy: in training mode, reading the classifier's weight would change it
     network = copy.deepcopy(model).cpu().double().eval()
     rows = []
     for name, layer, activation, log_lipschitz in walk(network, log_constant):
@@ -129,8 +125,8 @@ def layer_table(model: ResNet | VGG) -> LayerTable:
 def log_curvature_bound(model: ResNet | VGG) -> Tensor:
     """log of Theorem 1's bound from beta and gamma alone: a scalar to minimize, differentiable in both.
 
-    As in ``layer_table``, but every BatchNorm counts with gamma, clipped or not, and every linear layer with 1, in a
-    VGG the classifier too. A logsumexp of the terms' logarithms: the terms overflow.
+    Unlike in ``layer_table``, every BatchNorm counts with gamma, clipped or not, and every linear layer with 1. It is
+    the logsumexp of the terms' logarithms, as the terms overflow.
 
     Raises:
         ValueError: if the model is not a low-curvature ResNet or VGG of this program.
@@ -145,9 +141,9 @@ def log_curvature_bound(model: ResNet | VGG) -> Tensor:
 
 
 def format_layers(table: LayerTable, measured_maximum: float | None = None) -> str:
-    """The table for a terminal, at most 110 columns, and the bound beside the largest curvature measured, if any.
+    """The table in at most 110 columns, and the bound beside the largest curvature measured, if any.
 
-    "-" stands for what a layer lacks; "clip" is off where gamma does not limit the BatchNorm.
+    "clip" is off where gamma does not limit the BatchNorm.
     """
 
     def cell(value: float | str | None) -> str:

@@ -1,10 +1,9 @@
 """Every weight file: of our runs, of the reference code, and other people's state_dicts.
 
-A checkpoint of ours is one torch file of plain tensors, dicts, lists, numbers and strings (loaded with weights_only):
-
-    format "lcnn", version 1; model_arch, lcnn (whether --lcnn made that low-curvature), dataset, num_classes,
-    image_size, class_names, flags (all of the run's); data (their fingerprint); epoch (the last one done), metrics (one
-    dict per epoch), model (state_dict), and, until the run is finished, optimizer (state_dict).
+A checkpoint of ours is one torch file of plain values, loaded with weights_only: format "lcnn", version 1;
+model_arch, lcnn (whether --lcnn made that low-curvature), dataset, num_classes, image_size, class_names, flags; data
+(their fingerprint); epoch (the last one done), metrics (a dict for each epoch), model (state_dict), and, until the run
+is finished, optimizer (state_dict).
 """
 
 import functools
@@ -34,7 +33,7 @@ REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(),
 
 
 def plain(value):
-    """Nested dicts and lists with every tensor detached on the CPU: readable on any machine."""
+    """Nested dicts and lists with every tensor detached, on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
@@ -55,13 +54,13 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
     """Read a weight file as a checkpoint, whoever wrote it.
 
     Args:
-        path: a checkpoint of ours; a bare state_dict of the reference code; or, with package.module:callable, the
-            state_dict of that network, bare or under one of ``WRAPPERS``.
+        path: a checkpoint of ours; a state_dict of the reference code; or, with package.module:callable, one of that
+            network, bare or under one of ``WRAPPERS``.
         model_arch: the architecture, if known; a checkpoint's own must agree with it.
 
     Returns:
-        A dict with model_arch and model (state_dict); of ours with all the rest, of the reference's with num_classes
-        and image_size.
+        A dict with model_arch and model (state_dict); of the reference's with num_classes and image_size, of ours with
+        all that the module's docstring names.
 
     Raises:
         UserError: if there is no such file, it is damaged, or it holds no weights.
@@ -84,11 +83,7 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
 
 
 def read_file(path: Path):
-    """What torch.save wrote at path, on the CPU; nothing but tensors and plain values is let in.
-
-    Raises:
-        UserError: if there is no such file, or it is damaged or holds something else.
-    """
+    """What torch.save wrote at path, on the CPU: tensors and plain values only, or UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
     if path.suffix == ".safetensors":
@@ -187,8 +182,8 @@ def build_model(
     Args:
         checkpoint: from ``read_checkpoint``; without a model, the network is as the callable makes it.
         path: its file, for messages.
-        model_arch: what the user named; a package.module:callable must be named, as its code runs.
-        num_classes, image_size: of the images, where the checkpoint does not tell them.
+        model_arch: what the user named; a package.module:callable must be, as its code runs.
+        num_classes, image_size: where the checkpoint does not tell them.
 
     Raises:
         UsageError: if package.module:callable is to be run that the user did not name.
@@ -216,7 +211,7 @@ def build_model(
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, name: str) -> nn.Module:
-    """Copy a state_dict into the model, whose floating-point dtype becomes the state_dict's (its widest).
+    """Copy a state_dict into the model, whose dtype becomes the widest floating-point one there.
 
     Keys may have wrappers' segments more or less, see ``align``. A model on the "meta" device takes over the tensors.
 
@@ -286,7 +281,7 @@ def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
         model_arch: its architecture, to be checked; needed for a package.module:callable, which runs.
 
     Returns:
-        A module mapping (N, 3, H, H) pixels in [0, 1] to (N, classes) logits, H the checkpoint's image size.
+        (N, 3, H, H) pixels in [0, 1] -> (N, classes) logits, H the checkpoint's image size.
 
     Raises:
         UserError: if the file is missing, damaged or foreign, or disagrees with model_arch.

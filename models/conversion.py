@@ -1,8 +1,8 @@
 """Any convolutional network turned into its low-curvature version (paper, section 4).
 
-A layer is replaced by setting it in its parent. The rest of the network stays as it is: classes, hooks, parameter
-names, what depends on the training mode. An example shows which layers are called, at what sizes and in what order.
-Activations that are called as functions become modules first (models/tracing.py).
+Each layer is replaced in its parent; all else stays: classes, hooks, parameter names, what depends on the training
+mode. An example input shows which layers are called, at what sizes and in what order. Activations that are called as
+functions become modules first (models/tracing.py).
 """
 
 import copy
@@ -21,8 +21,7 @@ from models import tracing
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.tracing import ACTIVATIONS, LAYERS, LOW_BETA, REASONS, Call, FunctionCall, put
 
-# |eigenvalue - found| <= tolerance * eigenvalue for sigma^2, so sigma, found from below, is right to half of this: a
-# weight divided by it has a norm of at most 1 + 5e-5, and float32 can do it. One training step changes more.
+# relative, of sigma^2: a weight divided by sigma has a norm of at most 1 + 5e-5. Float32 allows it.
 EIGENVALUE_TOLERANCE = 1e-4
 
 
@@ -35,24 +34,24 @@ class Entry(NamedTuple):
 
 
 class ConversionReport(NamedTuple):
-    """What low_curvature did, in the order in which the network applies it; what the example did not reach is last."""
+    """What low_curvature did, in the order of the calls; what the example did not reach is last."""
 
-    replaced: tuple[Entry, ...]  # what has a low-curvature version now
-    left: tuple[Entry, ...]  # what has curvature, or a Lipschitz constant of its own, and stays as it was
+    replaced: tuple[Entry, ...]  # has a low-curvature version now
+    left: tuple[Entry, ...]  # has curvature, or a Lipschitz constant of its own, and stays as it was
     traced: tuple[Entry, ...]  # modules whose forward is a graph now (models/tracing.py)
 
     def __str__(self) -> str:
-        """How many of what were replaced by what, or left for which reason, and where."""
+        """Equal entries in one line: their number, what became of them, and where."""
         lines = []
         for title, entries in self._asdict().items():
             lines.append(f"{title} {len(entries)}")
+            arrow = ": " if title == "left" else " -> "
             names = defaultdict(list)
             for name, kind, outcome in entries:
-                names[f"{kind}: {outcome}" if title == "left" else f"{kind} -> {outcome}"].append(name)
+                names[kind + arrow + outcome].append(name or "the network itself")
             for change, group in names.items():
-                shown = ", ".join(name or "the network itself" for name in group[:3])
                 more = f", and {len(group) - 3} more" if len(group) > 3 else ""
-                lines.append(f"  {len(group):4} {change} ({shown}{more})")
+                lines.append(f"  {len(group):4} {change} ({', '.join(group[:3])}{more})")
         return "\n".join(lines)
 
 
@@ -66,23 +65,23 @@ def low_curvature(
 ) -> tuple[nn.Module, ConversionReport]:
     """A low-curvature copy of a network, its weights, statistics, dtype, device and training mode kept.
 
-    Activations become CenteredSoftplus, one for each call (Hardsigmoid, a gate, becomes Sigmoid: curvature at most 1);
-    Conv2d becomes SpectralNormConv2d for the input size it has here; Linear gets torch's spectral_norm; BatchNorm2d
-    becomes LipschitzBatchNorm2d. Running statistics right behind a normalized layer are rescaled with its output.
-    Parameters keep their names, but for spectral_norm's own ``parametrizations.weight.original``.
+    - Each call of an activation gets a CenteredSoftplus; Hardsigmoid, a gate, becomes Sigmoid (curvature at most 1).
+    - Conv2d becomes SpectralNormConv2d for its input size on the example.
+    - Linear gets torch's spectral_norm, and with it the parameter name ``parametrizations.weight.original``.
+    - BatchNorm2d becomes LipschitzBatchNorm2d.
+    - Running statistics right behind a normalized layer are rescaled with its output.
 
-    Trained weights are a start, not a solution: the network computes another function, and is meant to be trained. To
-    evaluate it as it is, or to start well, call training.epoch.calibrate_batchnorm first: behind other activations and
-    normalized layers most statistics do not fit any more. Save its state_dict; another conversion of the same
-    architecture at the same input size loads it.
+    The network computes another function, and is meant to be trained. To evaluate it untrained, or to start well, call
+    training.epoch.calibrate_batchnorm first, as most statistics do not fit any more. Its state_dict can be loaded into
+    another conversion of the same architecture at the same input size.
 
     Args:
         model: the network, not changed by this.
-        example_input: (N, C, H, W) in the model's dtype and on its device; it is run in eval mode, without gradients.
+        example_input: (N, C, H, W) in the model's dtype and on its device; run in eval mode, without gradients.
         activations, convolutions, linears, batchnorms: which parts to convert.
 
     Returns:
-        The network, and what was replaced and what was not and why. Of torch's random numbers none are used up.
+        The network, and what was replaced, and what was not and why. Torch's random state is left as it was.
     """
     enabled = {"activations": activations, "convolutions": convolutions, "linears": linears, "batchnorms": batchnorms}
     devices = [example_input.device] if example_input.is_cuda else []
@@ -107,29 +106,30 @@ def _replace(
     num_owners = Counter(id(parameter) for module in network.modules() for parameter in module._parameters.values())
     uses = defaultdict(list)
     for call in calls:
-        uses[call.layer or tracing.join(call.owner, call.function)].append(call)
+        uses[call.name].append(call)
     for name in _layers(network):  # what the example did not reach
         uses[name] += []
     replaced, left = [], []
-    normalized = {}  # path of a normalized layer -> its spectral norm and bias
+    normalized = {}  # the layers that are now, by their paths
     for name, its_calls in uses.items():
-        if its_calls and (kind := its_calls[0].function):
+        if its_calls and (kind := its_calls[0].kind):
             reason = REASONS.get(kind) or reasons.get(its_calls[0].owner, "activations=False")
             left.append(Entry(name.removesuffix("()"), kind, reason))
             continue
         module = network.get_submodule(name)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and len({call.source for call in its_calls}) == 1:
-            _rescale(module, normalized.get(its_calls[0].source))
-        if _has_low_curvature(module):
-            continue
+        sources = {call.source for call in its_calls}
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and len(sources) == 1:
+            _rescale(module, normalized.get(sources.pop()))
         kind = module.kind if isinstance(module, FunctionCall) else type(module).__name__
         tied = any(num_owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
         new = _converted(module, its_calls, enabled, tied)
+        if new is None:
+            continue
         if isinstance(new, str):
             left.append(Entry(name, kind, new))
             continue
         if isinstance(new, SpectralNormConv2d | nn.Linear):
-            normalized[name] = _sigma(new), new.bias
+            normalized[name] = new
         outcome = "Linear with spectral_norm" if isinstance(new, nn.Linear) else type(new).__name__
         if isinstance(new, CenteredSoftplus) and len(its_calls) > 1:
             because = next((f", as {reasons[call.owner]}" for call in its_calls if call.owner in reasons), "")
@@ -145,20 +145,18 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[str]:
         yield name
         return
     for child_name, child in module.named_children():
-        yield from _layers(child, tracing.join(name, child_name))
+        yield from _layers(child, f"{name}.{child_name}".lstrip("."))
 
 
-def _has_low_curvature(layer: nn.Module) -> bool:
-    """Whether there is nothing to convert."""
-    if isinstance(layer, nn.Softplus):
-        return layer.beta <= LOW_BETA
-    if isinstance(layer, nn.Linear) and is_parametrized(layer, "weight"):
-        return [type(parametrization) for parametrization in layer.parametrizations.weight] == [_SpectralNorm]
-    return isinstance(layer, CenteredSoftplus | SpectralNormConv2d | LipschitzBatchNorm2d)
-
-
-def _converted(layer: nn.Module, calls: list[Call], enabled: dict[str, bool], tied: bool) -> nn.Module | str:
-    """What to put in the place of a layer, or the reason to leave it."""
+def _converted(layer: nn.Module, calls: list[Call], enabled: dict[str, bool], tied: bool) -> nn.Module | str | None:
+    """What replaces a layer, or the reason to leave it; None if its curvature is low already."""
+    if isinstance(layer, CenteredSoftplus | SpectralNormConv2d | LipschitzBatchNorm2d):
+        return None
+    if isinstance(layer, nn.Softplus) and layer.beta <= LOW_BETA:
+        return None
+    parametrizations = layer.parametrizations.weight if is_parametrized(layer, "weight") else []
+    if isinstance(layer, nn.Linear) and [type(one) for one in parametrizations] == [_SpectralNorm]:
+        return None
     for kinds, part, convert in CONVERSIONS:
         if not isinstance(layer, kinds):
             continue
@@ -193,10 +191,9 @@ def _convert_conv(conv: nn.Conv2d, calls: list[Call]) -> nn.Module | str:
         return "padding='same' of an even kernel is not the same at both ends"
     if not conv.weight.any():
         return "its weight is zero"
-    geometry = {"stride": conv.stride, "padding": (top, left), "dilation": conv.dilation, "groups": conv.groups}
-    like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    channels = conv.in_channels, conv.out_channels
-    new = SpectralNormConv2d(*channels, conv.kernel_size, bias=False, input_size=sizes.pop(), **geometry, **like).eval()
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+    arguments = {name: getattr(conv, name) for name in names} | {"padding": (top, left), "input_size": sizes.pop()}
+    new = SpectralNormConv2d(**arguments, bias=False, device=conv.weight.device, dtype=conv.weight.dtype).eval()
     new.weight, new.bias = conv.weight, conv.bias
     exact = copy.deepcopy(new).to(torch.promote_types(conv.weight.dtype, torch.float32))
     _set_singular_vectors(exact._operator, exact._adjoint, new.u, new.v)
@@ -238,37 +235,34 @@ def _set_singular_vectors(operator: Callable, adjoint: Callable, u: Tensor, v: T
     Where the largest singular values lie close together, as in depthwise convolutions, power iteration takes thousands
     of steps. The start is random: where a power iteration has been, whole directions may be missing.
     """
-    start = torch.randn_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
+    top = torch.randn_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
+
+    def tensor(z: np.ndarray) -> Tensor:
+        return torch.from_numpy(z.copy()).to(top).view_as(v)
 
     def gram(z: np.ndarray) -> np.ndarray:
-        z = torch.from_numpy(z.copy()).to(start).view_as(start)
-        return adjoint(operator(z)).flatten().cpu().numpy()
+        return adjoint(operator(tensor(z))).flatten().cpu().numpy()
 
-    top = start
-    if (size := start.numel()) > 1:  # eigsh needs two dimensions
-        first = start.flatten().cpu().numpy()
-        matrix = LinearOperator((size, size), matvec=gram, dtype=first.dtype)
-        _, vectors = eigsh(matrix, k=1, which="LA", v0=first, tol=EIGENVALUE_TOLERANCE)
-        top = torch.from_numpy(vectors[:, 0].copy()).to(start).view_as(start)
+    if (size := top.numel()) > 1:  # eigsh needs two dimensions
+        start = top.flatten().cpu().numpy()
+        matrix = LinearOperator((size, size), matvec=gram, dtype=start.dtype)
+        _, vectors = eigsh(matrix, k=1, which="LA", v0=start, tol=EIGENVALUE_TOLERANCE)
+        top = tensor(vectors[:, 0])
     top = top / top.norm()
     image = operator(top)
     u.copy_(image / image.norm())
     v.copy_(top)
 
 
-def _sigma(layer: SpectralNormConv2d | nn.Linear) -> Tensor:
-    """What a normalized layer divides its weight by, in eval mode."""
-    if isinstance(layer, SpectralNormConv2d):
-        return layer.spectral_norm()
-    norm = layer.parametrizations.weight[0]
-    return norm._u @ layer.parametrizations.weight.original @ norm._v
-
-
-def _rescale(norm: nn.modules.batchnorm._BatchNorm, source: tuple[Tensor, Tensor | None] | None) -> None:
-    """Fit running statistics of W z + b to W z / sigma + b; source is (sigma, b) of the layer right before, if any."""
-    if norm.running_var is None or source is None:
+def _rescale(norm: nn.modules.batchnorm._BatchNorm, layer: SpectralNormConv2d | nn.Linear | None) -> None:
+    """Fit running statistics to the output W z / sigma + b of the layer before, where they were those of W z + b."""
+    if norm.running_var is None or layer is None:
         return
-    sigma, bias = source
-    bias = 0 if bias is None else bias
+    if isinstance(layer, SpectralNormConv2d):
+        sigma = layer.spectral_norm()
+    else:
+        spectral = layer.parametrizations.weight[0]
+        sigma = spectral._u @ layer.parametrizations.weight.original @ spectral._v
+    bias = 0 if layer.bias is None else layer.bias
     norm.running_mean.sub_(bias).div_(sigma).add_(bias)
     norm.running_var.div_(sigma.square())

@@ -1,6 +1,6 @@
-"""Training's BatchNorm and centered softplus with both their derivatives written out.
+"""BatchNorm, convolution and centered softplus in training, with both derivatives written out.
 
-A gradient-norm penalty differentiates every layer twice. Left to autograd, the second derivative of BatchNorm alone is
+A gradient-norm penalty differentiates every layer twice. By autograd, the second derivative of BatchNorm alone takes
 some thirty passes over the activations; here each layer takes a few.
 """
 
@@ -18,7 +18,7 @@ CHANNELWISE = (-1, 1, 1)
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """A context without autocast and TF32: convolutions read every bit of their inputs."""
+    """A context without autocast and TF32."""
     tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
     available = torch.amp.is_autocast_available(device.type)
     try:
@@ -32,7 +32,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def refuse_third_derivative() -> None:
-    """Raise RuntimeError where a second derivative is to be differentiated: it would count as constant."""
+    """Raise RuntimeError where a second derivative is differentiated: it would count as constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("in training mode this layer can be differentiated twice, not three times")
 
@@ -40,7 +40,7 @@ def refuse_third_derivative() -> None:
 class ScaledBatchNorm(Function):
     """y = scale * xhat, xhat = (x - mean) / sqrt(var + eps) with the batch's own mean and variance per channel.
 
-    x and y are (N, C, H, W), scale is a scalar tensor; the running statistics are updated. Twice differentiable.
+    x and y are (N, C, H, W), scale is a scalar tensor. Updates the running statistics. Twice differentiable.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class ScaledBatchNorm(Function):
 class ScaledBatchNormBackward(Function):
     """(g, x, scale) -> dx = scale / std * P g and dscale = <g, xhat>.
 
-    P, symmetric, takes a channel's mean and its component along xhat away: P g = g - mean(g) - xhat mean(g xhat).
+    P g = g - mean(g) - xhat mean(g xhat), symmetric, removes each channel's mean and its component along xhat.
     """
 
     @staticmethod
@@ -80,9 +80,8 @@ class ScaledBatchNormBackward(Function):
 
     @staticmethod
     def backward(ctx, v, u):
-        """Of <v, dx> + u dscale. With M pixels per channel and S = sum(v dx), and dx as a function of x through the
-        mean, the standard deviation and xhat, d<v, dx>/dx comes to
-        -1/std * (S/M xhat + mean(g xhat) * scale/std P v + mean(v xhat) * dx)."""
+        """Of <v, dx> + u dscale. With M pixels per channel and S = sum(v dx),
+        d<v, dx>/dx = -1/std * (S/M xhat + mean(g xhat) * scale/std P v + mean(v xhat) * dx)."""
         refuse_third_derivative()
         x, scale, mean, inv_std, dx, g_xhat = ctx.saved_tensors
         grad_g = grad_x = grad_scale = None
@@ -90,9 +89,8 @@ class ScaledBatchNormBackward(Function):
             pixels = x.numel() // x.shape[1]
             grad_g, v_xhat = ScaledBatchNormBackward.projected(v, x, scale, mean, inv_std, ctx.eps)
             v_dx = (v * dx).sum(dim=(0, 2, 3), dtype=mean.dtype)
-            along_x, along_dx, along_grad_g = (
-                (-inv_std / pixels * factor).view(CHANNELWISE) for factor in (inv_std * v_dx, v_xhat, g_xhat)
-            )
+            factors = (inv_std * v_dx, v_xhat, g_xhat)
+            along_x, along_dx, along_grad_g = ((-inv_std / pixels * factor).view(CHANNELWISE) for factor in factors)
             grad_x = torch.addcmul(-along_x * mean.view(CHANNELWISE), x, along_x)
             grad_x = grad_x.addcmul_(dx, along_dx).addcmul_(grad_g, along_grad_g).to(x.dtype)
             grad_scale = v_dx.sum() / scale
@@ -106,9 +104,9 @@ class ScaledBatchNormBackward(Function):
 class OfParameters(Function):
     """Zero, whose backward gives the parameters' gradients where these are to be differentiated themselves.
 
-    A layer as one function of x and parameters could not know when only the input gradient is asked for, which needs
-    no pass over the activations for the parameters: hence a function of x, this one, and ``Joined``.
-    ``gradients(g, wanted, x, *parameters)`` computes them; x comes in a list, so as to get no gradient from here.
+    A layer is a function of x and this one, ``Joined``: as a single function it could not know when only the input
+    gradient is asked for, which needs no pass for the parameters. ``gradients(g, wanted, x, *parameters)`` computes
+    them; x comes in a list, so as to get no gradient from here.
     """
 
     @staticmethod
@@ -140,7 +138,7 @@ class Joined(Function):
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
     """``F.conv2d`` without groups and dilation, whose second derivative is made of ordinary convolutions.
 
-    autograd's own takes the weight's part of it as a convolution with a kernel as large as the image.
+    For the weight's part, autograd convolves with a kernel as large as the image.
     """
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -1,8 +1,7 @@
-"""The three layers a low-curvature network is made of.
+"""The three layers a low-curvature network is made of, each for one factor of the bound (paper, Theorem 1).
 
-Each bounds one factor of the curvature bound (paper, Theorem 1): the centered softplus bounds its own normalized
-curvature by beta, the spectrally normalized convolution has Lipschitz constant 1, the gamma-Lipschitz BatchNorm has
-Lipschitz constant at most gamma. So beta and gamma are all there is to shrink.
+The centered softplus has normalized curvature at most beta, the spectrally normalized convolution Lipschitz constant 1,
+the BatchNorm at most gamma. So beta and gamma are all there is to shrink.
 """
 
 import math
@@ -37,18 +36,17 @@ class CenteredSoftplus(nn.Module):
         super().__init__()
         if not init_beta > 0:
             raise ValueError(f"init_beta must be positive, got {init_beta}")
-        # its logarithm is trained: beta stays positive
-        self.log_beta = nn.Parameter(torch.tensor(math.log(init_beta)))
+        self.log_beta = nn.Parameter(torch.tensor(math.log(init_beta)))  # so that beta stays positive
 
     @property
     def beta(self) -> Tensor:
-        """The trained beta, a scalar, without the 1e-3: what the curvature penalty sums."""
+        """The scalar that the curvature penalty sums: b without the 1e-3."""
         return self.log_beta.exp()
 
     def forward(self, x: Tensor) -> Tensor:
         b = self.beta + self.BETA_OFFSET
-        x = x.to(b.dtype)  # autocast leaves half the bits; softplus(b x) - log 2 needs all
-        if self.training:  # the same, and cheaper to differentiate twice
+        x = x.to(b.dtype)  # softplus(b x) - log 2 needs all the bits, under autocast too
+        if self.training:  # cheaper to differentiate twice
             return centered_softplus(x, b)
         return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
 
@@ -66,11 +64,10 @@ class Conv2d(nn.Conv2d):
 class SpectralNormConv2d(Conv2d):
     """Convolution whose weight is divided by the spectral norm of the convolution *operator* (Ryu et al., ICML 2019).
 
-    The operator is z -> conv(z) with this layer's stride and zero padding on inputs of ``input_size``, without the
-    bias. Its norm is estimated by power iteration,
+    The operator is z -> conv(z) without the bias, on inputs of ``input_size``. Power iteration estimates its norm,
         v = conv_transpose(u) / ||.||,  u = conv(v) / ||.||,  sigma = <u, conv(v)>,
-    15 steps at construction, one per forward in training, none in eval. u (1, out_channels, *output) and
-    v (1, in_channels, *input) are buffers; gradients flow through sigma(weight) with u and v held constant.
+    with 15 steps at construction, one per forward in training, none in eval. u (1, out_channels, *output) and
+    v (1, in_channels, *input) are buffers, held constant in the gradient of sigma.
 
     Args:
         input_size: height and width (int or pair) of the inputs the norm is exact for.
@@ -93,8 +90,7 @@ class SpectralNormConv2d(Conv2d):
         for size, kernel, dilation, padding, stride in zip(*geometry, strict=True):
             room = size + 2 * padding - dilation * (kernel - 1) - 1
             output_size.append(room // stride + 1)
-            # what conv_transpose must add to come back to the true input size
-            self._output_padding.append(room % stride)
+            self._output_padding.append(room % stride)  # brings conv_transpose back to the true input size
         if min(output_size) < 1:
             raise ValueError(f"a {self.kernel_size} kernel does not fit an input of {self.input_size}")
         self.register_buffer("u", self.weight.new_empty(1, out_channels, *output_size))
@@ -123,8 +119,8 @@ class SpectralNormConv2d(Conv2d):
     def spectral_norm(self) -> Tensor:
         """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration.
 
-        sigma is linear in the weight, so it is computed as <weight, d sigma / d weight>: its derivatives need no
-        convolution, which a backward pass would do in TF32.
+        It is linear in the weight, and computed as <weight, d sigma / d weight>: so the backward pass has no
+        convolution, which would be in TF32.
         """
         with torch.no_grad(), full_precision(self.weight.device):
             if self.training:
@@ -135,7 +131,7 @@ class SpectralNormConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         sigma = self.spectral_norm().clamp_min(self.EPS)
-        # not weight / sigma, whose derivative takes twice as many passes over the weights
+        # the derivative of weight / sigma takes twice as many passes over the weights
         return self._conv_forward(x, self.weight * (1 / sigma), self.bias)
 
     def extra_repr(self) -> str:
@@ -176,8 +172,8 @@ def scaled_batch_norm(norm: nn.BatchNorm2d, x: Tensor, scale: Tensor) -> Tensor:
 class LipschitzBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2).
 
-    BatchNorm's own constant is 1 / s with s = min over channels of sqrt(running_var + eps), or with an affine part of
-    sqrt(running_var + eps) / |weight|, so y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma).
+    BatchNorm's own constant is 1 / s with s the least of sqrt(running_var + eps), over |weight| if there is one, of all
+    channels. So y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma).
 
     Args:
         init_gamma: initial gamma; ValueError unless positive. 10 is the reference code's.
@@ -201,8 +197,7 @@ class LipschitzBatchNorm2d(nn.BatchNorm2d):
         return (s * gamma).clamp(max=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        clip = self.clip()  # from the running variance before this batch updates it
-        return scaled_batch_norm(self, x, clip)
+        return scaled_batch_norm(self, x, self.clip())  # of the running variance before this batch
 
 
 class Layers(NamedTuple):
@@ -220,14 +215,12 @@ def plain_conv(*arguments, input_size, **keywords) -> Conv2d:
 
 # Softplus(beta=1000) is ReLU to a thousandth, but twice differentiable
 STANDARD = Layers(plain_conv, BatchNorm2d, partial(nn.Softplus, beta=1000))
-# the paper's "Softplus + weight decay" baseline
-LOWBETA = STANDARD._replace(activation=partial(nn.Softplus, beta=10))
-# the reference's "minimal recipe", for --beta-weight-decay
-SOFTPLUS = STANDARD._replace(activation=CenteredSoftplus)
+LOWBETA = STANDARD._replace(activation=partial(nn.Softplus, beta=10))  # the paper's "Softplus + weight decay"
+SOFTPLUS = STANDARD._replace(activation=CenteredSoftplus)  # the reference's "minimal recipe", with --beta-weight-decay
 LCNN = Layers(SpectralNormConv2d, LipschitzBatchNorm2d, CenteredSoftplus)
 
 
 def conv_norm(layers: Layers, in_channels: int, out_channels: int, kernel_size: int, **conv_arguments) -> nn.Sequential:
-    """A convolution and the BatchNorm behind it, as children ``conv`` and ``norm``."""
+    """A convolution and its BatchNorm, as children ``conv`` and ``norm``."""
     conv = layers.conv(in_channels, out_channels, kernel_size, **conv_arguments)
     return nn.Sequential(OrderedDict(conv=conv, norm=layers.norm(out_channels)))

@@ -6,35 +6,25 @@ from functools import partial
 import torch
 from torch import nn
 
-from models.layers import LCNN, LOWBETA, SOFTPLUS, STANDARD, Layers
+from models.layers import LCNN, LOWBETA, SOFTPLUS, STANDARD
 from models.outside import build_outside_network
 from models.resnet import ResNet
 from models.vgg import VGG
 from utils.errors import UsageError
 
-
-def resnet(num_classes: int, input_size: int = 32, *, layers: Layers, num_blocks: tuple[int, ...]) -> nn.Module:
-    """A ResNet of so many residual blocks in its four stages."""
-    return ResNet(layers, num_blocks, num_classes, input_size)
-
-
-def vgg(num_classes: int, input_size: int = 32, *, layers: Layers) -> nn.Module:
-    """VGG-11 with BatchNorm."""
-    return VGG(layers, num_classes, input_size)
-
-
 # name -> callable(num_classes, input_size=32) -> module: (N, 3, H, H) pixels in [0, 1] -> (N, num_classes) logits
 model_architecture = {}
 for suffix, layers in {"": STANDARD, "lcnn": LCNN, "softplus": SOFTPLUS, "lowbeta": LOWBETA}.items():
     model_architecture |= {
-        f"resnet18{suffix}": partial(resnet, layers=layers, num_blocks=(2, 2, 2, 2)),
-        f"resnet34{suffix}": partial(resnet, layers=layers, num_blocks=(3, 4, 6, 3)),
-        f"vgg11{suffix}": partial(vgg, layers=layers),
+        f"resnet18{suffix}": partial(ResNet, layers, (2, 2, 2, 2)),
+        f"resnet34{suffix}": partial(ResNet, layers, (3, 4, 6, 3)),
+        f"vgg11{suffix}": partial(VGG, layers),
     }
+OURS = ", ".join(model_architecture)
 
 
 def is_outside(model_arch: str | None) -> bool:
-    """Whether model_arch names a callable, "package.module:callable", rather than one of our architectures or none."""
+    """Whether model_arch is a "package.module:callable"."""
     return model_arch is not None and ":" in model_arch
 
 
@@ -45,7 +35,7 @@ def build_network(
 
     Args:
         model_arch: a key of ``model_architecture``, or package.module:callable.
-        num_classes: handed to a callable that takes it.
+        num_classes: passed to a callable that takes it.
         image_size: height and width of the images, in pixels.
         lcnn: make a package.module:callable's network low-curvature.
         quiet: do not print what that replaced.
@@ -62,20 +52,18 @@ def build_network(
 def architecture(text: str) -> str:
     """An argparse type: one of ours by name, or package.module:callable."""
     if text not in model_architecture and not is_outside(text):
-        ours = ", ".join(model_architecture)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {ours}")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither package.module:callable nor one of {OURS}")
     return text
 
 
 def add_architecture_flags(group, default: str | None = None, remark: str = "") -> None:
     """--model-arch and --lcnn, the same in every script."""
-    ours = ", ".join(model_architecture)
     group.add_argument(
         "--model-arch",
         type=architecture,
         metavar="NAME",
         default=default,
-        help=f"{ours}; or package.module:callable, any function that returns a network{remark}",
+        help=f"{OURS}; or package.module:callable, any function that returns a network{remark}",
     )
     group.add_argument(
         "--lcnn",

@@ -23,9 +23,9 @@ OWN_NAMES = ("curvature", "data", "experiments", "models", "training", "utils")
 
 @contextmanager
 def users_modules() -> Iterator[None]:
-    """Modules are the current directory's first, also where its packages are named as ours.
+    """Imports look into the current directory first, also for packages named as ours, which are put back.
 
-    Ours are put back afterwards. sys.path keeps the directory: the model's code may import more from it later.
+    sys.path keeps the directory: the model's code may import more from it later.
     """
     here = Path.cwd()
     if sys.path[0] != str(here):
@@ -60,9 +60,8 @@ def import_callable(model_arch: str) -> Callable[..., nn.Module]:
             "give package.module:callable, installed or in the current directory"
         ) from error
     if isinstance(builder, nn.Module) or not callable(builder):  # a module is callable, but on images
-        raise UsageError(
-            f"{model_arch}: of type {type(builder).__name__}, not a function; name a function that returns the model"
-        )
+        kind = type(builder).__name__
+        raise UsageError(f"{model_arch}: of type {kind}, not a function; name a function that returns the model")
     return builder
 
 
@@ -84,8 +83,8 @@ def build_outside_network(
     """The network that package.module:callable returns, in eval mode.
 
     Args:
-        model_arch: "package.module:callable"; the module is installed or a file in the current directory.
-        num_classes: passed to the callable if it has such a parameter.
+        model_arch: the module is installed, or a file in the current directory.
+        num_classes: passed to the callable if it takes it.
         lcnn_size: height of the images for which the network is made low-curvature; None leaves it as it is.
         quiet: do not print what that replaced.
 
@@ -114,16 +113,16 @@ def build_outside_network(
 
 
 def try_forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
-    """``forward`` in eval mode and without gradients, for its errors; the model is left as it was found."""
+    """``forward`` in eval mode, for its errors alone."""
     with frozen_in_eval(model), torch.no_grad():
         forward(model, images, num_classes, name)
 
 
 def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:
-    """The logits (N, num_classes) of a copy of the images: a model may well change its input in place.
+    """The logits (N, num_classes) of the images, copied as a model may change its input in place.
 
     Raises:
-        UserError: naming the model, if it fails or returns anything else.
+        UserError: if the model fails or returns anything else.
     """
     shape, expected = tuple(images.shape), (len(images), num_classes)
     try:

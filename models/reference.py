@@ -1,7 +1,7 @@
 """The state_dicts that the authors' reference code (kylematoba/lcnn) saves, read as exactly its function.
 
-Its modules are nested nn.Sequentials, so its keys are paths of numbers: 0.0 is the stem, 1.0.1.f1 the first
-convolution of the first block, 25 a VGG's last layer.
+Its keys are paths of numbers, as its modules are nested nn.Sequentials: 0.0 is the stem, 1.0.1.f1 the first block's
+first convolution, 25 a VGG's last layer.
 """
 
 import re
@@ -33,7 +33,7 @@ CONV_NORM_NAMES = [
 
 
 def reference_architecture(state: dict[str, Tensor]) -> str | None:
-    """The architecture a reference state_dict belongs to, by its keys; None if it is not the reference's."""
+    """The architecture of a state_dict, by its keys; None if it is not the reference's."""
     if "7.parametrizations.weight.original" in state:
         blocks = sum(1 for key in state if re.fullmatch(r"[1-4]\.\d+\.1\.f1\.bn\.running_var", key))
         name = {8: "resnet18", 16: "resnet34"}.get(blocks)
@@ -55,11 +55,10 @@ def our_key(key: str, arch: str) -> str:
 def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int, input_size: int) -> None:
     """Bring u and v of the strided convolutions to our sizes, in place, keeping the network's function.
 
-    The reference iterates u at the layer's input size, so for stride 2 its v is (2H-1) x (2H-1) and sigma_reference
-    the norm of an operator on that larger domain. We recompute u and v on the true domain, and put
-    sigma_reference / sigma into the length of u: in eval the layer divides by <u, conv(v)> = sigma_reference, exactly
-    as the reference; the first training forward normalizes u and continues with the true norm. (In the BatchNorm
-    behind, the factor would change gamma, and so the gamma penalty.)
+    The reference iterates u at the layer's input size: for stride 2 its v is (2H-1) x (2H-1), and sigma_reference the
+    norm on that larger domain. We recompute u and v on the true domain, and scale u by sigma_reference / sigma. So in
+    eval the layer divides by <u, conv(v)> = sigma_reference, as the reference does. The first training forward
+    normalizes u and continues with the true norm. (In the BatchNorm behind, the factor would change the gamma penalty.)
     """
     model = model_architecture[arch](num_classes, input_size).to(state["classifier.bias"].dtype)
     for name, layer in model.named_modules():
@@ -76,7 +75,7 @@ def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int,
 def convert_reference_checkpoint(state: dict[str, Tensor], path: str | Path) -> dict:
     """A state_dict of the reference as a checkpoint of ours: architecture, sizes and model state.
 
-    The VGGs share one activation there, saved under several names; each of ours gets its beta.
+    The VGGs there share one activation, saved under several names; each of ours gets its beta.
 
     Raises:
         UserError: if the keys are not those of any of the reference's architectures.

@@ -10,27 +10,23 @@ from models.layers import Layers, conv_norm
 
 
 class ResidualBlock(nn.Module):
-    """out = act((conv2(act(conv1(x / sqrt 2))) + shortcut(x / sqrt 2)) / 2); every conv is followed by its BatchNorm.
+    """out = act((conv2(act(conv1(x / sqrt 2))) + shortcut(x / sqrt 2)) / 2), a BatchNorm behind every conv.
 
-    Read as SumHalves(branch, shortcut)([x, x] / sqrt 2) with SumHalves(a, b) = (a + b) / 2, its Lipschitz constant is
-    at most max(Lip(branch), Lip(shortcut)) / sqrt 2 (before the last activation, which has 1).
-
+    Before the last activation, which has 1, the Lipschitz constant is at most
+    max(Lip(branch), Lip(shortcut)) / sqrt 2: the sum is (a + b) / 2 of [a, b] = [x, x] / sqrt 2.
     Maps (N, in_channels, H, H) to (N, out_channels, H / stride, H / stride); ``input_size`` is H.
     """
 
     def __init__(self, layers: Layers, in_channels: int, out_channels: int, stride: int, input_size: int):
         super().__init__()
         output_size = (input_size - 1) // stride + 1
-        self.conv1 = conv_norm(
-            layers, in_channels, out_channels, 3, stride=stride, padding=1, bias=False, input_size=input_size
-        )
+        first = {"stride": stride, "bias": False, "input_size": input_size}
+        self.conv1 = conv_norm(layers, in_channels, out_channels, 3, padding=1, **first)
         self.activation1 = layers.activation()
         self.conv2 = conv_norm(layers, out_channels, out_channels, 3, padding=1, bias=False, input_size=output_size)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = conv_norm(
-                layers, in_channels, out_channels, 1, stride=stride, bias=False, input_size=input_size
-            )
+            self.shortcut = conv_norm(layers, in_channels, out_channels, 1, **first)
         self.activation2 = layers.activation()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +38,7 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """(N, 3, input_size, input_size) pixels in [0, 1] -> (N, num_classes) logits."""
 
-    def __init__(self, layers: Layers, num_blocks: Sequence[int], num_classes: int, input_size: int):
+    def __init__(self, layers: Layers, num_blocks: Sequence[int], num_classes: int, input_size: int = 32):
         super().__init__()
         self.stem = conv_norm(layers, 3, 64, 3, padding=1, bias=False, input_size=input_size)
         self.activation = layers.activation()

@@ -1,32 +1,32 @@
 """What a network calls on an example, and a module for each activation it calls.
 
-Some forwards call an activation as a function, or one activation module several times. torch.fx traces these forwards,
-and a GraphModule that calls a module for each activation takes the place of the module whose forward it is. The modules
-called there are not traced with it. They keep their class and hooks, and what they do in training only.
+Some forwards call an activation as a function, or one activation module several times. torch.fx traces such a forward,
+and a GraphModule takes the module's place. Modules called there are not traced: they keep their class and hooks.
 """
 
 import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from models.layers import BatchNorm2d, CenteredSoftplus, Conv2d, LipschitzBatchNorm2d, SpectralNormConv2d
 from utils.errors import one_line
 from utils.numerics import RTOL, same, tensors
 
-# A Softplus up to the sharpness a CenteredSoftplus starts with has low curvature already, and may be needed as it is:
-# it is positive, the centered one is not. Sigmoid, Tanh and LogSigmoid (|s''| / |s'| at most 1, 2, 1) stay, too.
+# A Softplus of at most the initial beta of CenteredSoftplus stays: its curvature is low, and its sign may matter.
+# Sigmoid, Tanh and LogSigmoid (|s''| / |s'| at most 1, 2, 1) stay, too.
 LOW_BETA = 5.0
 
 
 class FunctionCall(nn.Module):
-    """A call of an activation function as a module: a place for what replaces it."""
+    """A call of an activation function as a module, which can be replaced."""
 
     def __init__(self, function: Callable, args: tuple, kwargs: dict):
         super().__init__()
@@ -66,12 +66,12 @@ LAYERS += (nn.Linear, nn.BatchNorm2d, *(getattr(nn, kind) for kind in REASONS if
 
 
 def kind_of_function(function: Callable | str) -> str:
-    """The name of a function or tensor method as "relu()", the same for all its spellings, torch.relu_ among them."""
+    """The name of a function or tensor method as "relu()", the same for torch.relu_."""
     return getattr(function, "__name__", str(function)).strip("_") + "()"
 
 
 def altered(module: nn.Module) -> str:
-    """Why calling a module may do something else than torch's or our class of it says; "" if it does not."""
+    """Why a module may compute something else than its class in torch or here does; "" if it does not."""
     base = next((kind for kind in LAYERS if isinstance(module, kind)), type(module))
     methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
     if "forward" in vars(module) or any(getattr(type(module), name) is not getattr(base, name) for name in methods):
@@ -93,10 +93,6 @@ def is_activation_call(kind: str, args: tuple, kwargs: dict) -> bool:
     return kind in ACTIVATION_FUNCTIONS and not low
 
 
-def join(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner else name
-
-
 def put(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """The network with one of its modules, or itself, replaced wherever it occurs."""
     for parent in list(network.modules()):
@@ -107,36 +103,38 @@ def put(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 class Call(NamedTuple):
-    """A call of a layer, or of a function of the tables above, that the example led to."""
+    """A call of a layer, or of a function of the tables above, on the example."""
 
     owner: str  # path of the module whose forward makes the call
-    layer: str  # path of the layer, "" for a function
-    function: str  # as "relu()", "" for a layer
-    x: Tensor  # of the input's shape and dtype and on its device, without its values
+    name: str  # path of the layer; of a function the owner's path and the kind, as "block.relu()"
+    kind: str  # of a function, "" for a layer
+    x: Tensor  # of the input's shape, dtype and device, without its values
     source: str | None  # path of the layer whose output, unchanged, is the input
 
 
 class _Observer(TorchFunctionMode):
-    """Notes the calls in order. What a layer does inside is its own business."""
+    """Notes the calls in order, but not those inside layers."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.names = {module: name for name, module in network.named_modules()}
-        self.owners = [""]  # paths of the modules whose forwards are under way
-        self.num_layers = 0  # how many of these are layers
+        self.owners = [""]  # paths of the modules whose forwards are under way, None inside a layer
         self.calls: list[Call] = []
 
-    def enter(self, module, args, kwargs):
-        self.owners.append(self.names[module])
-        self.num_layers += isinstance(module, LAYERS)
+    def enter(self, module, args):
+        name = self.names.get(module, self.owners[-1])  # a module that is not registered belongs to its caller
+        inside = self.owners[-1] is None or self._is_layer(module)
+        self.owners.append(None if inside else name)
 
     def leave(self, module, args, kwargs, output):
         self.owners.pop()
-        if isinstance(module, LAYERS):
-            self.num_layers -= 1
+        if self._is_layer(module):
             self._note(self.names[module], "", (*args, *kwargs.values()))
             if isinstance(output, Tensor):  # the mark is void once the tensor is changed in place
                 output._source = self.names[module], output._version
+
+    def _is_layer(self, module):
+        return isinstance(module, LAYERS) and module in self.names
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -145,26 +143,23 @@ class _Observer(TorchFunctionMode):
         sizes = [value.numel() for value in inputs if isinstance(value, Tensor)]
         scaling = kind in ("mul()", "multiply()") and sum(size > 1 for size in sizes) < 2  # a number times a tensor
         if is_activation_call(kind, args, kwargs) or (kind in REASONS and not scaling):
-            self._note("", kind, inputs)
+            self._note(f"{self.owners[-1]}.{kind}".lstrip("."), kind, inputs)
         return output
 
-    def _note(self, layer, function, inputs):
-        if not self.num_layers:
+    def _note(self, name, kind, inputs):
+        if self.owners[-1] is not None:
             x = next((value for value in inputs if isinstance(value, Tensor)), torch.empty(0))
             source, version = getattr(x, "_source", (None, None))
             source = source if version == x._version else None
-            self.calls.append(Call(self.owners[-1], layer, function, x.new_empty(()).expand(x.shape), source))
+            self.calls.append(Call(self.owners[-1], name, kind, x.new_empty(()).expand(x.shape), source))
 
 
 def observe(network: nn.Module, example_input: Tensor) -> tuple[object, list[Call]]:
     """The network's output for the example, and the calls that led to it."""
     observer = _Observer(network)
-    with ExitStack() as stack:
-        for module in observer.names:
-            hook = module.register_forward_pre_hook(observer.enter, prepend=True, with_kwargs=True)
-            stack.enter_context(hook)
-            stack.enter_context(module.register_forward_hook(observer.leave, with_kwargs=True))
-        stack.enter_context(observer)
+    entering = register_module_forward_pre_hook(observer.enter)
+    leaving = register_module_forward_hook(observer.leave, with_kwargs=True)
+    with entering, leaving, observer:
         return network(example_input.clone()), observer.calls  # a clone: the first layer may work in place
 
 
@@ -174,92 +169,69 @@ def separate_activations(model: nn.Module, example_input: Tensor) -> tuple[nn.Mo
     Returns:
         The copy; what it calls on the example; and, by path, why the forward of some modules could not be traced.
     """
-    original = _unshared(model)
+    original = copy.deepcopy(model).eval()
+    seen = set()
+    for parent in list(original.modules()):
+        for name, child in parent._modules.items():
+            if is_activation(child):  # one in several places of the tree becomes several
+                parent._modules[name] = copy.deepcopy(child) if child in seen else child
+                seen.add(child)
     expected, calls = observe(original, example_input)
-    network, reasons = _trace(copy.deepcopy(original), calls)
+    network, reasons, taken = copy.deepcopy(original), {}, set()
+    num_calls = Counter(call.name for call in calls)
+
+    def needs_graph(call: Call) -> bool:
+        if call.kind:
+            return call.kind in ACTIVATION_FUNCTIONS
+        return num_calls[call.name] > 1 and is_activation(original.get_submodule(call.name))
+
+    for owner in dict.fromkeys(call.owner for call in calls if needs_graph(call)):
+        module = network.get_submodule(owner)
+        try:
+            network = put(network, module, _as_graph(module, taken))
+        except Exception as error:  # tracing runs the user's code on what are not tensors
+            reasons[owner] = f"the forward that calls it cannot be traced ({one_line(error)})"
     for module in network.modules():
-        if is_activation(module) and getattr(module, "inplace", False):
+        if is_activation(module) and hasattr(module, "inplace"):
             module.inplace = False
     with suppress(Exception):  # what the trace took for fixed may make it fail
         found, new_calls = observe(network, example_input)
         if all(same(a, b, RTOL) for a, b in zip(tensors(found), tensors(expected), strict=True)):
             return network, new_calls, reasons
-    # some code relies on an activation's changing its input, say, in a way that the trace does not see
+    # code that relies on an activation's changing a view of its input, say
     reason = "the network does something else on the example with modules for its activations"
     return original, calls, {name: reason for name, _ in original.named_modules()}
 
 
-def _unshared(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with an activation of its own in every place of the module tree."""
-    network = copy.deepcopy(model).eval()
-    seen = set()
-    for parent in list(network.modules()):
-        for name, child in parent._modules.items():
-            if child in seen:
-                parent._modules[name] = child = copy.deepcopy(child)
-            if is_activation(child):
-                seen.add(child)
-    return network
-
-
-def _trace(network: nn.Module, calls: list[Call]) -> tuple[nn.Module, dict[str, str]]:
-    """Trace the forwards that call an activation function, or an activation module that is called elsewhere, too."""
-    num_calls = Counter(call.layer for call in calls if not call.function)
-    reasons, done, taken = {}, set(), set()
-    for call in calls:
-        shared = num_calls[call.layer] > 1 and is_activation(network.get_submodule(call.layer))
-        if call.owner in done or not (shared or call.function in ACTIVATION_FUNCTIONS):
-            continue
-        done.add(call.owner)
-        module = network.get_submodule(call.owner)
-        try:
-            network = put(network, module, _as_graph(module, call.owner, taken))
-        except Exception as error:  # tracing runs the user's code on what are not tensors
-            reasons[call.owner] = f"the forward that calls it cannot be traced ({one_line(error)})"
-    return network.eval(), reasons
-
-
-def _as_graph(module: nn.Module, owner: str, taken: set[str]) -> nn.Module:
+def _as_graph(module: nn.Module, taken: set[nn.Module]) -> nn.Module:
     """The module as a graph that calls a module of its own for each activation, none of them in place.
 
-    Args:
-        owner: its path.
-        taken: paths of the activations that have their one call already.
-
-    Returns:
-        The graph, or the module itself if that does so already.
-
-    Raises:
-        Exception: if the forward cannot be traced; the module is then unchanged.
+    Activations in ``taken`` have been called before, and are copied. If nothing is new, the module itself is returned.
+    If its forward cannot be traced, any exception may be raised; the module is then unchanged.
     """
     graph = _own_graph(module)
     nodes = [node for node in graph.nodes if _calls_activation(module, node)]
     if any(len(node.all_input_nodes) != 1 for node in nodes):
         raise ValueError("an activation's parameters are computed")
-    changed = False
+    before = set(module.modules())
     for node in nodes:
         (x,) = node.all_input_nodes
         if node.op == "call_module":
             path, activation = node.target, module.get_submodule(node.target)
             in_place = getattr(activation, "inplace", False)
-            new = copy.deepcopy(activation) if join(owner, path) in taken else None
-            taken.add(join(owner, path))
+            if activation in taken:
+                path, activation = _free_path(module, path), copy.deepcopy(activation)
+            taken.add(activation)
         else:
             function = getattr(Tensor, node.target) if node.op == "call_method" else node.target
             args, kwargs = node.args[1:], {name: value for name, value in node.kwargs.items() if value is not x}
             in_place = function.__name__.endswith("_") or any(value is True for value in (*args, *kwargs.values()))
-            path, new = node.name, FunctionCall(function, args, kwargs)
-        if new is not None:
-            changed = True
-            path = _free_path(module, path)
-            module.set_submodule(path, new)
-        with graph.inserting_after(node):
-            result = graph.call_module(path, (x,))
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
+            path, activation = _free_path(module, node.name), FunctionCall(function, args, kwargs)
+        module.set_submodule(path, activation)
+        node.op, node.target, node.args, node.kwargs = "call_module", path, (x,), {}
         if in_place:  # from here on, the input was the result
-            x.replace_all_uses_with(result, lambda user, result=result: user > result)
-    if not changed:
+            x.replace_all_uses_with(node, lambda user, node=node: user > node)
+    if before == set(module.modules()):
         return module
     traced = fx.GraphModule(module, graph, type(module).__name__)
     for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):  # all, and in their order
@@ -290,7 +262,7 @@ def _calls_activation(module: nn.Module, node: fx.Node) -> bool:
 
 def _free_path(module: nn.Module, path: str) -> str:
     """The path, with a number if there is such an attribute already."""
-    prefix, _, name = path.rpartition(".")
-    parent = module.get_submodule(prefix)
+    owner, _, name = path.rpartition(".")
     names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-    return join(prefix, next(name for name in names if not hasattr(parent, name)))
+    free = next(name for name in names if not hasattr(module.get_submodule(owner), name))
+    return f"{owner}.{free}".lstrip(".")

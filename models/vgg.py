@@ -10,14 +10,13 @@ VGG11 = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512)  # 
 class VGG(nn.Module):
     """(N, 3, input_size, input_size) pixels in [0, 1] -> (N, num_classes) logits.
 
-    The last Linear is plain in the low-curvature variant too: the reference's checkpoints have it so. A bound on the
-    network's Lipschitz constant must count its norm.
+    The last Linear is plain in the low-curvature variant too, as in the reference: its norm counts in a bound.
 
     Raises:
         ValueError: if input_size is not a multiple of 16 (the four poolings must divide it).
     """
 
-    def __init__(self, layers: Layers, num_classes: int, input_size: int):
+    def __init__(self, layers: Layers, num_classes: int, input_size: int = 32):
         super().__init__()
         if input_size < 16 or input_size % 16:
             raise ValueError(f"a VGG's input size must be a multiple of 16, got {input_size}")
