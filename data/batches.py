@@ -76,9 +76,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
-    Every process augments the whole batch and keeps every world_size-th example, so that the images do not depend on
-    world_size. A single last example joins the batch before, as BatchNorm cannot be trained on one 1 x 1 image. The
-    crop's padding is H / 8. Pixels are float32.
+    Every process augments the whole batch and keeps its part: the images do not depend on the number of processes. A
+    single last example joins the batch before: BatchNorm cannot train on one 1 x 1 image. The crop's padding is H / 8.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)

@@ -1,4 +1,4 @@
-"""The data sets by name, each loaded once into uint8 tensors; ``datasets`` is where ``--dataset`` finds them."""
+"""The data sets by name, each loaded once into uint8 tensors."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -172,7 +172,7 @@ def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None,
 
     Args:
         name: a key of ``datasets``.
-        data_dir: where its files lie, or go with ``download``: in torchvision's layout, or train/ and test/.
+        data_dir: where its files lie, or are put: in torchvision's layout, or train/ and test/.
         image_size: height and width of the images, in pixels; None for the data set's own default.
         download: fetch missing files (cifar10, cifar100, svhn).
 

@@ -1,1 +1,1 @@
-"""The networks and their layers, every network by name and every weight file; conversion; the bound."""
+"""Layers, networks by name, weight files, conversion, the bound of Theorem 1."""

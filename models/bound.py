@@ -141,10 +141,7 @@ def log_curvature_bound(model: ResNet | VGG) -> Tensor:
 
 
 def format_layers(table: LayerTable, measured_maximum: float | None = None) -> str:
-    """The table in at most 110 columns, and the bound beside the largest curvature measured, if any.
-
-    "clip" is off where gamma does not limit the BatchNorm.
-    """
+    """The table in at most 110 columns, and the bound; "clip" is off where gamma does not limit the BatchNorm."""
 
     def cell(value: float | str | None) -> str:
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

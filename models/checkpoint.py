@@ -59,8 +59,7 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
         model_arch: the architecture, if known; a checkpoint's own must agree with it.
 
     Returns:
-        A dict with model_arch and model (state_dict); of the reference's with num_classes and image_size, of ours with
-        all that the module's docstring names.
+        A dict with model_arch and model (state_dict); of the reference's also num_classes and image_size, of ours all.
 
     Raises:
         UserError: if there is no such file, it is damaged, or it holds no weights.
@@ -98,9 +97,8 @@ def read_file(path: Path):
         if found := re.search(r"(?:GLOBAL|class|function) ([\w.]+) was not an allowed global", str(error)):
             problem = f"{path} holds the Python class or function {found[1]}, which is not loaded"
             raise UserError(f"{problem}; save the weights alone, by torch.save(model.state_dict(), file)") from None
-        raise UserError(
-            f"{path}: not readable weights: truncated, damaged, or not plain tensors ({type(error).__name__}); {REMEDY}"
-        ) from error
+        reason = f"truncated, damaged, or not plain tensors ({type(error).__name__})"
+        raise UserError(f"{path}: not readable weights: {reason}; {REMEDY}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -109,9 +107,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UserError(
-            f"{path}: pip install safetensors reads such files; or give one that torch.save wrote"
-        ) from error
+        raise UserError(f"{path}: pip install safetensors, or give a file that torch.save wrote") from error
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -119,7 +115,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_own_format(checkpoint: dict, path: str | Path) -> None:
-    """Raise UserError unless a checkpoint of ours is whole, of the version that is read here."""
+    """Raise UserError unless a checkpoint of ours is whole, and of version 1."""
     if checkpoint.get("version") != FORMAT["version"]:
         raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
     if missing := REQUIRED.keys() - checkpoint.keys():
@@ -174,9 +170,7 @@ def as_state_dict(content, path: str | Path) -> dict[str, Tensor]:
     return content
 
 
-def build_model(
-    checkpoint: dict, path: str | Path, model_arch: str | None = None, num_classes: int | None = None, image_size=None
-) -> nn.Module:
+def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes=None, image_size=None) -> nn.Module:
     """The network of a checkpoint, on the CPU, in eval mode, in the dtype of its weights.
 
     Args:
@@ -233,10 +227,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
         else:
             model.to(dtype=dtype).load_state_dict(state)
     except Exception as error:  # the code of another project's model runs here
-        raise UserError(
-            f"{path}: the weights do not fit {name} ({one_line(error)}); "
-            "give the model, and the data set, that they were trained for"
-        ) from error
+        remedy = "give the model, and the data set, that they were trained for"
+        raise UserError(f"{path}: the weights do not fit {name} ({one_line(error)}); {remedy}") from error
     return model
 
 

@@ -1,7 +1,7 @@
 """BatchNorm, convolution and centered softplus in training, with both derivatives written out.
 
-A gradient-norm penalty differentiates every layer twice. By autograd, the second derivative of BatchNorm alone takes
-some thirty passes over the activations; here each layer takes a few.
+A gradient-norm penalty differentiates every layer twice. By autograd, BatchNorm alone would take some thirty passes
+over the activations; here each layer takes a few.
 """
 
 import contextlib
@@ -104,9 +104,9 @@ class ScaledBatchNormBackward(Function):
 class OfParameters(Function):
     """Zero, whose backward gives the parameters' gradients where these are to be differentiated themselves.
 
-    A layer is a function of x and this one, ``Joined``: as a single function it could not know when only the input
-    gradient is asked for, which needs no pass for the parameters. ``gradients(g, wanted, x, *parameters)`` computes
-    them; x comes in a list, so as to get no gradient from here.
+    A layer is a function of x, ``Joined`` with this one. A single function could not know when only the input gradient
+    is asked for, and would spend passes on the others. ``gradients(g, wanted, x, *parameters)`` computes them. x comes
+    in a list, so as to get no gradient from here.
     """
 
     @staticmethod
@@ -152,7 +152,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> T
 
 
 def convolution_gradients(g, x, weight, stride, padding, wanted: tuple[bool, bool, bool]):
-    """Gradients of <g, conv(x, weight) + bias> for x, weight and bias; None for those not wanted."""
+    """Gradients of <g, conv(x, weight) + bias>; None for those not wanted."""
     geometry = (stride, padding, [1, 1], False, [0, 0], 1)
     return torch.ops.aten.convolution_backward(g, x, weight, [len(weight)], *geometry, wanted)
 

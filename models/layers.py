@@ -1,7 +1,6 @@
-"""The three layers a low-curvature network is made of, each for one factor of the bound (paper, Theorem 1).
+"""The layers of a low-curvature network, each for one factor of the bound (paper, Theorem 1).
 
-The centered softplus has normalized curvature at most beta, the spectrally normalized convolution Lipschitz constant 1,
-the BatchNorm at most gamma. So beta and gamma are all there is to shrink.
+The activation has normalized curvature at most beta, the convolution Lipschitz constant 1, the BatchNorm at most gamma.
 """
 
 import math
@@ -64,9 +63,9 @@ class Conv2d(nn.Conv2d):
 class SpectralNormConv2d(Conv2d):
     """Convolution whose weight is divided by the spectral norm of the convolution *operator* (Ryu et al., ICML 2019).
 
-    The operator is z -> conv(z) without the bias, on inputs of ``input_size``. Power iteration estimates its norm,
+    Power iteration estimates the norm on inputs of ``input_size``, without the bias:
         v = conv_transpose(u) / ||.||,  u = conv(v) / ||.||,  sigma = <u, conv(v)>,
-    with 15 steps at construction, one per forward in training, none in eval. u (1, out_channels, *output) and
+    15 steps at construction, one per forward in training, none in eval. u (1, out_channels, *output) and
     v (1, in_channels, *input) are buffers, held constant in the gradient of sigma.
 
     Args:
@@ -117,10 +116,10 @@ class SpectralNormConv2d(Conv2d):
             self.u.copy_(self._normalize(self._operator(self.v)))
 
     def spectral_norm(self) -> Tensor:
-        """sigma = <u, conv(v)>, a scalar, differentiable in the weight; in training after one power iteration.
+        """sigma = <u, conv(v)>, a scalar; in training after one power iteration.
 
-        It is linear in the weight, and computed as <weight, d sigma / d weight>: so the backward pass has no
-        convolution, which would be in TF32.
+        It is linear in the weight, and computed as <weight, d sigma / d weight>: a convolution's backward would be in
+        TF32.
         """
         with torch.no_grad(), full_precision(self.weight.device):
             if self.training:
@@ -172,8 +171,8 @@ def scaled_batch_norm(norm: nn.BatchNorm2d, x: Tensor, scale: Tensor) -> Tensor:
 class LipschitzBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose Lipschitz constant is clipped to a trainable gamma (paper, section 4.2).
 
-    BatchNorm's own constant is 1 / s with s the least of sqrt(running_var + eps), over |weight| if there is one, of all
-    channels. So y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma).
+    BatchNorm's own constant is 1 / s with s = min over channels of sqrt(running_var + eps) (over |weight|, if affine).
+    So y = bn(x) * s * min(1/s, gamma) has min(1/s, gamma).
 
     Args:
         init_gamma: initial gamma; ValueError unless positive. 10 is the reference code's.
@@ -190,9 +189,9 @@ class LipschitzBatchNorm2d(nn.BatchNorm2d):
     def clip(self) -> Tensor:
         """min(1, s * gamma), the scalar that multiplies the plain BatchNorm's output."""
         gamma = self.log_gamma.exp()
-        if self.affine:
+        if self.affine:  # s would be infinite where all weights are zero, as they often start
             lipschitz = (self.weight.abs() / (self.running_var + self.eps).sqrt()).max()
-            return gamma / torch.maximum(lipschitz, gamma)  # weights are often initialized with zeros
+            return gamma / torch.maximum(lipschitz, gamma)
         s = (self.running_var.min() + self.eps).sqrt()
         return (s * gamma).clamp(max=1)
 
@@ -201,7 +200,7 @@ class LipschitzBatchNorm2d(nn.BatchNorm2d):
 
 
 class Layers(NamedTuple):
-    """The layer types that make one architecture standard, low-beta or low-curvature."""
+    """The layer types of an architecture: standard, low-beta or low-curvature."""
 
     conv: Callable[..., nn.Conv2d]
     norm: Callable[[int], nn.BatchNorm2d]

@@ -1,4 +1,4 @@
-"""Every network by name: ours, or any project's as ``package.module:callable``; and the flags that name one."""
+"""Every network by name: ours, or ``package.module:callable``; and the flags that name one."""
 
 import argparse
 from functools import partial
@@ -28,9 +28,7 @@ def is_outside(model_arch: str | None) -> bool:
     return model_arch is not None and ":" in model_arch
 
 
-def build_network(
-    model_arch: str, num_classes: int, image_size: int, lcnn: bool = False, quiet: bool = False
-) -> nn.Module:
+def build_network(model_arch: str, num_classes: int, image_size: int, lcnn=False, quiet=False) -> nn.Module:
     """The network that --model-arch and --lcnn describe, on the CPU, with initial weights.
 
     Args:
@@ -45,8 +43,8 @@ def build_network(
     """
     if is_outside(model_arch):
         return build_outside_network(model_arch, num_classes, image_size if lcnn else None, quiet)
-    # convolutions are fastest in this layout; other people's networks may count on the usual one
-    return model_architecture[model_arch](num_classes, image_size).to(memory_format=torch.channels_last)
+    model = model_architecture[model_arch](num_classes, image_size)
+    return model.to(memory_format=torch.channels_last)  # convolutions are fastest in this layout
 
 
 def architecture(text: str) -> str:

@@ -55,10 +55,9 @@ def import_callable(model_arch: str) -> Callable[..., nn.Module]:
     try:
         builder = attrgetter(attribute)(importlib.import_module(module_name))
     except (Exception, SystemExit) as error:  # the user's code may raise anything, or be a script that exits
-        raise UsageError(
-            f"{model_arch}: cannot import {attribute!r} from {module_name!r} ({one_line(error)}); "
-            "give package.module:callable, installed or in the current directory"
-        ) from error
+        what = f"cannot import {attribute!r} from {module_name!r} ({one_line(error)})"
+        remedy = "give package.module:callable, installed or in the current directory"
+        raise UsageError(f"{model_arch}: {what}; {remedy}") from error
     if isinstance(builder, nn.Module) or not callable(builder):  # a module is callable, but on images
         kind = type(builder).__name__
         raise UsageError(f"{model_arch}: of type {kind}, not a function; name a function that returns the model")
@@ -77,9 +76,7 @@ def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
         return builder()  # or it hands its keywords on to something that has no num_classes
 
 
-def build_outside_network(
-    model_arch: str, num_classes: int, lcnn_size: int | None = None, quiet: bool = False
-) -> nn.Module:
+def build_outside_network(model_arch: str, num_classes: int, lcnn_size: int | None = None, quiet=False) -> nn.Module:
     """The network that package.module:callable returns, in eval mode.
 
     Args:

@@ -55,10 +55,10 @@ def our_key(key: str, arch: str) -> str:
 def adapt_strided_vectors(state: dict[str, Tensor], arch: str, num_classes: int, input_size: int) -> None:
     """Bring u and v of the strided convolutions to our sizes, in place, keeping the network's function.
 
-    The reference iterates u at the layer's input size: for stride 2 its v is (2H-1) x (2H-1), and sigma_reference the
-    norm on that larger domain. We recompute u and v on the true domain, and scale u by sigma_reference / sigma. So in
-    eval the layer divides by <u, conv(v)> = sigma_reference, as the reference does. The first training forward
-    normalizes u and continues with the true norm. (In the BatchNorm behind, the factor would change the gamma penalty.)
+    For stride 2 the reference's v is (2H-1) x (2H-1), and sigma_reference the norm on that larger domain. We recompute
+    u and v on the true domain, and scale u by sigma_reference / sigma. So in eval the layer divides by
+    <u, conv(v)> = sigma_reference, as there; the first training forward normalizes u. (In the BatchNorm behind, the
+    factor would change the gamma penalty.)
     """
     model = model_architecture[arch](num_classes, input_size).to(state["classifier.bias"].dtype)
     for name, layer in model.named_modules():
@@ -82,10 +82,8 @@ def convert_reference_checkpoint(state: dict[str, Tensor], path: str | Path) -> 
     """
     arch = reference_architecture(state)
     if arch is None:
-        raise UserError(
-            f"{path}: neither a checkpoint of this program nor a state_dict of the reference code's networks; for any "
-            "other network give --model-arch package.module:callable"
-        )
+        what = "neither a checkpoint of this program nor a state_dict of the reference code's networks"
+        raise UserError(f"{path}: {what}; for any other network give --model-arch package.module:callable")
     converted = {our_key(key, arch): value for key, value in state.items()}
     if not arch.endswith("lcnn"):  # the reference's standard networks carry a gamma that nothing uses
         converted = {key: value for key, value in converted.items() if not key.endswith("log_gamma")}

@@ -166,8 +166,7 @@ def observe(network: nn.Module, example_input: Tensor) -> tuple[object, list[Cal
 def separate_activations(model: nn.Module, example_input: Tensor) -> tuple[nn.Module, list[Call], dict[str, str]]:
     """A copy in eval mode that computes the same by activation modules that are each called once, out of place.
 
-    Returns:
-        The copy; what it calls on the example; and, by path, why the forward of some modules could not be traced.
+    Also what it calls on the example, and why the forward of some modules, by path, could not be traced.
     """
     original = copy.deepcopy(model).eval()
     seen = set()
@@ -206,8 +205,8 @@ def separate_activations(model: nn.Module, example_input: Tensor) -> tuple[nn.Mo
 def _as_graph(module: nn.Module, taken: set[nn.Module]) -> nn.Module:
     """The module as a graph that calls a module of its own for each activation, none of them in place.
 
-    Activations in ``taken`` have been called before, and are copied. If nothing is new, the module itself is returned.
-    If its forward cannot be traced, any exception may be raised; the module is then unchanged.
+    Activations in ``taken`` have their one call already. If nothing is new, the module itself is returned. Raises any
+    exception if the forward cannot be traced; the module is then unchanged.
     """
     graph = _own_graph(module)
     nodes = [node for node in graph.nodes if _calls_activation(module, node)]
