@@ -3,14 +3,12 @@
     python benchmarks/curvature.py --model-filename saved_models/resnet18_digits.pt
 
 The textbook's way is the paper's: the network as it was trained, double backward, and power iteration
-u <- H u / (||H u|| + 1e-6) that reports |u'Hu|. The variants take turns in one process, so that whatever else the
-machine does touches all of them; look at the ratios. Peak memory is above the model and its images, in a new process.
+u <- H u / (||H u|| + 1e-6) that reports |u'Hu|. Variants take turns: look at the ratios.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
-from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
@@ -32,12 +30,8 @@ from models.checkpoint import build_model, read_checkpoint
 from utils import cli
 from utils.numerics import frozen_in_eval
 
-PRODUCTS = 11  # of the textbook's estimate: the reference code's default of 10 iterations, and a Rayleigh quotient
+PRODUCTS = 11  # the reference code's 10 iterations and a Rayleigh quotient
 PRODUCTS_SHOWN = [2, 3, 4, 5, 6, 8, 11, 16, 21]
-
-
-def random_numbers() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
 
 
 def textbook_estimates(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
@@ -45,7 +39,7 @@ def textbook_estimates(model: nn.Module, images: Tensor, labels: Tensor) -> Iter
     images = images.clone().requires_grad_()
     loss = F.cross_entropy(model(images), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
-    u = starting_vectors("power", images.detach(), random_numbers())
+    u = starting_vectors("power", images.detach(), torch.Generator().manual_seed(1))
     while True:
         (product,) = torch.autograd.grad((gradient * u).sum(), images, retain_graph=True)
         yield (product * u).flatten(1).sum(dim=1).abs()
@@ -53,7 +47,7 @@ def textbook_estimates(model: nn.Module, images: Tensor, labels: Tensor) -> Iter
 
 
 def load(path: str, flags: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network of a checkpoint, and some random images of its test split with their labels."""
+    """A checkpoint's network, and some images of its test split with their labels."""
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path).to(flags.device)
     data_dir = flags.data_dir or checkpoint["flags"]["data_dir"]
@@ -64,17 +58,16 @@ def load(path: str, flags: argparse.Namespace) -> tuple[nn.Module, Tensor, Tenso
 
 
 def memory(who: str, path: str, flags: argparse.Namespace) -> float:
-    """MiB of an estimate."""
     model, images, labels = load(path, flags)
     with torch.no_grad():
-        model(images[:1])  # what the libraries take for themselves
+        model(images[:1])  # the libraries' own memory
     if who == "textbook":
         return peak_memory(images.device, lambda: list(islice(textbook_estimates(model, images, labels), PRODUCTS)))
     return peak_memory(images.device, lambda: estimate_curvature(model, images, labels, "lanczos", PRODUCTS, tol=0))
 
 
 def compare_products(model: nn.Module, images: Tensor, labels: Tensor, rounds: int) -> float:
-    """Print the seconds of one Hessian-vector product, and return ours."""
+    """Print the seconds of a Hessian-vector product, and return ours."""
     v = torch.randn_like(images)
     textbook = textbook_estimates(model, images, labels)
     with frozen_in_eval(model):
@@ -91,48 +84,39 @@ def compare_products(model: nn.Module, images: Tensor, labels: Tensor, rounds: i
 
 
 def compare_errors(model: nn.Module, images: Tensor, labels: Tensor, rounds: int, seconds_a_product: float) -> None:
-    """Print the error after so many products, and what nearness costs."""
+    """Print the error after so many products, and what it costs to come near."""
     folded = fold(model)
     reference = estimate_curvature(folded, images, labels, num_iterations=300, tol=1e-5)
     truth, residual = reference.hessian_norm, float(reference.residual.max())
     print(f"\nconverged values by Lanczos with {int(reference.products.max())} products")
     print(f"worst relative residual {residual:.1g}, so good to about {residual**2:.1g}")
 
-    def textbook(products: int) -> Tensor:
-        return next(islice(textbook_estimates(model, images, labels), products - 1, None))
+    def textbook(products: int) -> list[Tensor]:
+        return list(islice(textbook_estimates(model, images, labels), products))
 
     def ours(method: str, products: int) -> Tensor:
-        estimate = estimate_curvature(folded, images, labels, method, products, tol=0, generator=random_numbers())
-        return estimate.hessian_norm
+        seed = torch.Generator().manual_seed(1)
+        return estimate_curvature(folded, images, labels, method, products, tol=0, generator=seed).hessian_norm
 
-    @cache
-    def error(method: str, products: int) -> float:
-        found = textbook(products) if method == "textbook" else ours(method, products)
+    def error(found: Tensor) -> float:
         return float(((found - truth).abs() / truth).mean())
 
-    errors = {method: [error(method, k) for k in PRODUCTS_SHOWN] for method in ("textbook", *methods)}
+    theirs = [error(found) for found in textbook(max(PRODUCTS_SHOWN))]
+    errors = {"textbook": [theirs[k - 1] for k in PRODUCTS_SHOWN]}
+    errors |= {method: [error(ours(method, k)) for k in PRODUCTS_SHOWN] for method in methods}
     print("\nmean relative error after k products")
     show(pd.DataFrame(errors, index=PRODUCTS_SHOWN).T, "{:.2g}")
 
-    wanted = error("textbook", PRODUCTS)
-    enough = next(k for k in count(1) if error("lanczos", k) <= wanted)
+    wanted = theirs[PRODUCTS - 1]
+    enough = next(k for k in count(1) if error(ours("lanczos", k)) <= wanted)
     seconds = interleaved({"theirs": lambda: textbook(PRODUCTS), "ours": lambda: ours("lanczos", enough)}, rounds)
     affordable = enough + int((seconds["theirs"] - seconds["ours"]) / seconds_a_product)
+    there = error(ours("lanczos", affordable))
     print(
         f"\nas near as the textbook ({wanted:.2g}) with {enough} products: {seconds['ours']:.1f} s against "
         f"{seconds['theirs']:.1f} s, 1/{seconds['theirs'] / seconds['ours']:.1f}\n"
-        f"in the textbook's time, {affordable} products: error {error('lanczos', affordable):.2g}, "
-        f"1/{wanted / error('lanczos', affordable):.0f} of the textbook's"
+        f"in the textbook's time, {affordable} products: error {there:.2g}, 1/{wanted / there:.0f} of the textbook's"
     )
-
-
-def report(path: str, flags: argparse.Namespace) -> None:
-    model, images, labels = load(path, flags)
-    print(f"\n{path}: {len(images)} images")
-    seconds_a_product = compare_products(model, images, labels, flags.rounds)
-    compare_errors(model, images, labels, flags.rounds, seconds_a_product)
-    theirs, ours = (in_new_process(memory, who, path, flags) for who in ("textbook", "ours"))
-    print(f"peak memory above the model: textbook {theirs:.0f} MiB, ours {ours:.0f} MiB, {ours / theirs:.2f} of it")
 
 
 def main() -> None:
@@ -145,7 +129,12 @@ def main() -> None:
     flags = parser.parse_args()
     print(f"{machine(flags.device)}, batches of {flags.batch_size}")
     for path in flags.model_filename:
-        report(path, flags)
+        model, images, labels = load(path, flags)
+        print(f"\n{path}: {len(images)} images")
+        seconds_a_product = compare_products(model, images, labels, flags.rounds)
+        compare_errors(model, images, labels, flags.rounds, seconds_a_product)
+        theirs, ours = (in_new_process(memory, who, path, flags) for who in ("textbook", "ours"))
+        print(f"peak memory above the model: textbook {theirs:.0f} MiB, ours {ours:.0f} MiB, {ours / theirs:.2f} of it")
 
 
 if __name__ == "__main__":

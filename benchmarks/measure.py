@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants timed in turns, the memory that one takes, and what is printed."""
+"""What the benchmarks share: time, memory, new processes and tables."""
 
 import statistics
 import time
@@ -11,18 +11,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def machine(device: torch.device) -> str:
-    """What the figures are made with, in words."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return f"torch {torch.__version__}, {where}"
 
 
 def show(table: pd.DataFrame, number: str = "{:.4g}") -> None:
-    """Print a table."""
     print(table.to_string(float_format=number.format), flush=True)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """How long a call takes, on a GPU with everything it launches."""
+    """Of a call, and on a GPU of everything it launches."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     began = time.perf_counter()
@@ -32,14 +30,14 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def interleaved(variants: dict[Hashable, Callable[[], object]], rounds: int) -> dict[Hashable, float]:
-    """Median seconds of each variant. The variants take turns; the first rounds warm up, and do not count."""
+    """Median seconds of variants that take turns, after some rounds that warm up."""
     warm_up = 5 if torch.cuda.is_available() else 1
     seconds = [{name: seconds_of(work) for name, work in variants.items()} for _ in range(warm_up + rounds)]
     return {name: statistics.median(times[name] for times in seconds[warm_up:]) for name in variants}
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> float:
-    """MiB that a call takes at most, above what was in use before; on a CPU by the whole process."""
+    """MiB that a call takes at most, on a CPU with everything in the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -49,13 +47,14 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> float:
     def kibibytes(entry: str) -> int:
         return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0])
 
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far becomes what is in use now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = kibibytes("VmRSS")
     work()
     return (kibibytes("VmHWM") - before) / 2**10
 
 
 def in_new_process(function: Callable, *arguments, processes: int = 1):
-    """function(*arguments) in a process of its own, or several as torchrun starts them; the first one's result."""
-    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn")
+    """function(*arguments) in new processes, as torchrun starts them; the result of the first."""
+    c10d = {"run_id": "benchmark", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, processes, start_method="spawn", **c10d)
     return elastic_launch(config, function)(*arguments)[0]

@@ -2,13 +2,13 @@
 
     python benchmarks/scaling.py --output benchmarks/scaling.png
 
-Each point is a process (or several) of its own that trains one epoch on random 32 x 32 images, as train_models.py does,
-after a step that does not count; every round visits every point, and the median over the rounds is taken. Memory is the
-peak above the network, its images and the first imports. Several processes share the batch, and the processor's cores.
+Each point trains one epoch on random images in new processes, after a step that does not count. Every round visits
+every point, and the median counts. Memory is the peak above the network and its images.
 """
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,23 +44,21 @@ def measure(point: Point, device_type: str) -> tuple[float, float]:
         images = torch.randint(0, 256, (point.images, 3, SIZE, SIZE), dtype=torch.uint8)
         split = Split(images, torch.arange(point.images) % CLASSES).to(device)
         share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        seconds = []
 
         def epoch(split: Split) -> None:
             batches = training_batches(split, point.batch_size, seed=0, epoch=1, **share)
             train_epoch(training.training_step, training.optimizer, batches)
 
-        def one_step_and_an_epoch() -> None:
-            nonlocal seconds
-            epoch(split[slice(point.batch_size)])
-            seconds = seconds_of(lambda: epoch(split))
+        def a_step_and_an_epoch() -> None:
+            for part in (split[slice(point.batch_size)], split):
+                seconds.append(seconds_of(partial(epoch, part)))
 
-        seconds = 0.0
-        memory = peak_memory(device, one_step_and_an_epoch)
-        return seconds, memory
+        memory = peak_memory(device, a_step_and_an_epoch)
+        return seconds[-1], memory
 
 
 def cost(point: Point, device: torch.device) -> dict:
-    """The point, and what ``measure`` finds in new processes."""
     os.environ["OMP_NUM_THREADS"] = str(point.threads or os.cpu_count())
     seconds, memory = in_new_process(measure, point, device.type, processes=point.processes)
     steps = -(-point.images // point.batch_size)
@@ -68,24 +66,17 @@ def cost(point: Point, device: torch.device) -> dict:
 
 
 def plot(path: Path, costs: pd.DataFrame) -> None:
-    """One step and its memory by batch, an epoch by images, and a step by processes."""
-    figure, (by_batch, by_memory, by_images, by_processes) = new_figure(4)
-    alone = costs[costs.threads == 0]
-    for method in METHODS:
-        own = alone[alone.method == method]
-        batches, images = own[own.images == 4 * own.batch_size], own[own.batch_size == 64]
-        by_batch.plot(batches.batch_size, batches["s a step"], "o-", label=method)
-        by_memory.plot(batches.batch_size, batches["MiB"], "o-", label=method)
-        by_images.plot(images.images, images["s an epoch"], "o-", label=method)
-    by_batch.set(xlabel="batch size", ylabel="seconds a step", title="one step")
-    by_memory.set(xlabel="batch size", ylabel="MiB", title="peak memory")
-    by_images.set(xlabel="training images", ylabel="seconds an epoch", title="one epoch")
-    for axis in (by_batch, by_memory, by_images):
-        axis.set(xlim=(0, None), ylim=(0, None))
+    figure, axes = new_figure(4)
+    alone, shared = costs[costs.threads == 0], costs[costs.threads > 0]
+    batches, images = alone[alone.images == 4 * alone.batch_size], alone[alone.batch_size == 64]
+    panels = (batches, "batch_size", "s a step"), (batches, "batch_size", "MiB"), (images, "images", "s an epoch")
+    for axis, (rows, x, y) in zip(axes, panels, strict=False):
+        for method, own in rows.groupby("method", sort=False):
+            axis.plot(own[x], own[y], "o-", label=method)
+        axis.set(xlabel=x.replace("_", " "), ylabel=y, xlim=(0, None), ylim=(0, None))
         axis.legend()
-    shared = costs[costs.threads > 0]
-    by_processes.bar([f"{p.processes} x {p.threads}" for p in shared.itertuples()], shared["s a step"])
-    by_processes.set(xlabel="processes x threads", ylabel="seconds a step", title=shared.method.iloc[0])
+    axes[-1].bar([f"{p.processes} x {p.threads}" for p in shared.itertuples()], shared["s a step"])
+    axes[-1].set(xlabel="processes x threads", ylabel="s a step", title=shared.method.iloc[0])
     save_figure(figure, path)
 
 
@@ -100,7 +91,7 @@ def main() -> None:
     flags = parser.parse_args()
     points = [Point(m, 4 * size, size) for m in METHODS for size in flags.batch_sizes]
     points += [Point(m, images, 64) for m in METHODS for images in flags.images]
-    # with one thread each, and one process with as many threads as there are processes at most
+    # one thread each, and all threads for one process
     shared = [(n, 1) for n in flags.processes] + [(1, max(flags.processes))]
     points += [Point("LCNN + GradReg", 256, 64, *share) for share in shared]
     costs = pd.DataFrame([cost(point, flags.device) for _ in range(flags.rounds) for point in dict.fromkeys(points)])

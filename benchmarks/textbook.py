@@ -1,8 +1,7 @@
-"""The paper's ResNet-18 with its forward passes as they are written down, for benchmarks/train.py to compare with.
+"""The paper's ResNet-18 with its forward passes as the formulas are written, for train.py to compare with.
 
-A residual block repeats its input's channels, x -> [x, x] / sqrt 2, applies its two branches to the halves, and adds
-them up. Activations and BatchNorm are their formulas. The spectral norm takes a power step, computes sigma from the
-result, and compares it with epsilon on the host. Automatic differentiation does the rest.
+A residual block applies its two branches to the halves of [x, x] / sqrt 2, and adds them up. The spectral norm compares
+sigma with epsilon on the host.
 """
 
 import math
@@ -57,7 +56,7 @@ def block_forward(block: ResidualBlock, x: Tensor) -> Tensor:
 
 
 def resnet18(arch: str, num_classes: int, size: int) -> ResNet:
-    """resnet18 or resnet18lcnn: (N, 3, size, size) pixels -> (N, num_classes) logits."""
+    """resnet18 or resnet18lcnn for (N, 3, size, size) pixels."""
     network = ResNet(LCNN if arch == "resnet18lcnn" else STANDARD, (2, 2, 2, 2), num_classes, size)
     for module in network.modules():
         if isinstance(module, ResidualBlock):

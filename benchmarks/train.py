@@ -2,17 +2,17 @@
 
     python benchmarks/train.py
 
-The textbook's way is benchmarks/textbook.py. A step is loss, gradients and optimizer, in training mode, on random
-images. The variants take turns in one process, so that whatever else the machine does touches all of them; look at the
-ratios. Beside a step stands the time of its convolutions by themselves: each kind (forward, for the input, for the
-weight) is timed on every layer's own shapes. Peak memory is above the model and its images, in a process of its own.
+The textbook's way is benchmarks/textbook.py. A step is loss, gradients and optimizer on random images. Variants take
+turns: look at the ratios. Convolutions by themselves are timed on every layer's shapes.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,14 @@ from utils import cli
 from utils.precision import PRECISIONS, autocast_to_bfloat16, denormals_flushed, determinism, tf32_allowed
 
 CLASSES, SIZE = 10, 32
-# how often a step passes over the convolutions: forward, for the input, for the weight; once where no other is named
+# how often a step passes over the convolutions if not once: forward, for the input, for the weight
 PASSES = {"gnorm": (2, 2, 2), "curvature_and_gnorm": (2, 2, 2), "cure": (4, 4, 4), "adversarial": (4, 4, 1)}
 
 
 def training_flags(**values) -> argparse.Namespace:
-    """train_models.py's flags, at their defaults but for these values."""
-    defaults = {"textbook": False, **vars(build_parser().parse_args([])), "strong_determinism_wanted": False}
-    return argparse.Namespace(**defaults | values)
+    """These values, and the defaults of train_models.py's other flags."""
+    ours = {"textbook": False, "strong_determinism_wanted": False}
+    return argparse.Namespace(**vars(build_parser().parse_args([])) | ours | values)
 
 
 def method_flags(name: str, **values) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def method_flags(name: str, **values) -> argparse.Namespace:
 
 
 class Training:
-    """A network, its loss and its optimizer, and random images; ours, or the textbook's with flags.textbook."""
+    """Ours, or the textbook's with flags.textbook, on random images."""
 
     def __init__(self, flags: argparse.Namespace, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
@@ -79,15 +79,21 @@ class Training:
             self.optimizer.step()
 
 
+def gradient(dtype: torch.dtype, flags: argparse.Namespace) -> Tensor:
+    """Of the first step, over all parameters, in float64."""
+    training = Training(flags, dtype)
+    training.training_step(training.images, training.labels)
+    return torch.cat([p.grad.flatten().double() for p in training.model.parameters()])
+
+
 def step_memory(flags: argparse.Namespace) -> float:
-    """MiB of two steps."""
     training = Training(flags)
     with denormals_flushed():
         return peak_memory(flags.device, lambda: (training.step(), training.step()))
 
 
 def convolutions(flags: argparse.Namespace) -> list[Callable[[], None]]:
-    """All of a network's convolutions by themselves: forward, for the input, for the weight."""
+    """A network's convolutions by themselves: forward, for the input, for the weight."""
     training, calls = Training(flags), []
 
     def record(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -104,24 +110,21 @@ def convolutions(flags: argparse.Namespace) -> list[Callable[[], None]]:
         for _, x, weight, geometry in calls:
             torch.ops.aten.convolution(x, weight, *geometry)
 
-    def backward(wanted: list[bool]) -> None:
+    def backward(*wanted: bool) -> None:
         for gradient, x, weight, geometry in calls:
             torch.ops.aten.convolution_backward(gradient, x, weight, *geometry, wanted)
 
-    return [forward, lambda: backward([True, False, False]), lambda: backward([False, True, False])]
+    return [forward, partial(backward, True, False, False), partial(backward, False, True, False)]
 
 
 def time_steps(rows: dict[Hashable, argparse.Namespace], rounds: int) -> pd.DataFrame:
     """Seconds of a step with each row's flags, and of its convolutions by themselves."""
     alone = dict(enumerate(convolutions(next(iter(rows.values())))))
     seconds = interleaved({row: Training(flags).step for row, flags in rows.items()} | alone, rounds)
+    table = pd.DataFrame({"seconds": [seconds[row] for row in rows]}, index=pd.Index(list(rows)))
     names = ["adversarial" if flags.adversarial_training else flags.regularizer for flags in rows.values()]
-    passes = [PASSES.get(name, (1, 1, 1)) for name in names]
-    columns = {
-        "seconds": [seconds[row] for row in rows],
-        "convolutions": [sum(times * seconds[kind] for kind, times in enumerate(of_row)) for of_row in passes],
-    }
-    return pd.DataFrame(columns, index=pd.Index(list(rows)))
+    passes = np.array([PASSES.get(name, (1, 1, 1)) for name in names])
+    return table.assign(convolutions=passes @ [seconds[kind] for kind in alone])
 
 
 def compare_with_textbook(arch: str, losses: list[str], rounds: int, **values) -> None:
@@ -135,8 +138,8 @@ def compare_with_textbook(arch: str, losses: list[str], rounds: int, **values) -
     table = time_steps(rows, rounds)
     table["MiB"] = [in_new_process(step_memory, flags) for flags in rows.values()]
     table = table.unstack(0, sort=False)
-    table["textbook / ours"] = table.seconds.textbook / table.seconds.ours
-    table["ours / convolutions"] = table.seconds.ours / table.convolutions.ours
+    table["textbook / ours", ""] = table.seconds.textbook / table.seconds.ours
+    table["ours / convolutions", ""] = table.seconds.ours / table.convolutions.ours
     print(f"\n{arch}: a step")
     show(table)
 
@@ -145,33 +148,26 @@ def compare_costs(rounds: int, **values) -> None:
     """Print seconds of a step of each method, and relative to Standard's."""
     table = time_steps({row.title: method_flags(name, **values) for name, row in METHODS.items()}, rounds)
     print("\nthe methods of the paper: a step, and its convolutions by themselves")
-    show(table.join(table / table.loc["Standard"], rsuffix=" / Standard's"))
+    show(table.join((table / table.loc["Standard"]).add_suffix(" / Standard's")))
 
 
 def compare_precisions(rounds: int, **values) -> None:
-    """Print the gradient's error and seconds of a step in each precision, and the seconds with determinism."""
+    """Print the gradient's error and the seconds of a step in each precision, and with determinism."""
     precisions = [p for p in PRECISIONS if p != "tf32" or values["device"].type == "cuda"]
     names = ("standard", "gradreg", "cure", "lcnn", "lcnn_gradreg")
-    errors = {METHODS[name].title: gradient_errors(method_flags(name, **values), precisions) for name in names}
-    print("\nrelative error of the gradient")
-    show(pd.DataFrame(errors, index=precisions).T, "{:.1e}")
+    errors = pd.DataFrame(index=[METHODS[name].title for name in names], columns=precisions, dtype=float)
+    for name in names:
+        truth = gradient(torch.float64, method_flags(name, **values))
+        for precision in precisions:
+            found = gradient(torch.float32, method_flags(name, precision=precision, **values))
+            errors.loc[METHODS[name].title, precision] = float((found - truth).norm() / truth.norm())
+    print("\nrelative error of the first step's gradient")
+    show(errors, "{:.1e}")
     for name in ("standard", "lcnn_gradreg"):
         rows = {precision: method_flags(name, precision=precision, **values) for precision in precisions}
         rows["fp32, deterministic"] = method_flags(name, strong_determinism_wanted=True, **values)
         print(f"\n{METHODS[name].title}: a step, and its convolutions in fp32 by themselves")
         show(time_steps(rows, rounds))
-
-
-def gradient_errors(flags: argparse.Namespace, precisions: list[str]) -> list[float]:
-    """||gradient - gradient in float64|| / ||gradient in float64|| over all parameters, at the first step."""
-
-    def gradient(precision: str, dtype: torch.dtype) -> Tensor:
-        training = Training(argparse.Namespace(**vars(flags) | {"precision": precision}), dtype)
-        training.training_step(training.images, training.labels)
-        return torch.cat([p.grad.flatten().double() for p in training.model.parameters()])
-
-    truth = gradient("fp32", torch.float64)
-    return [float((gradient(p, torch.float32) - truth).norm() / truth.norm()) for p in precisions]
 
 
 def main() -> None:

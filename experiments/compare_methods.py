@@ -3,8 +3,7 @@
     python -m experiments.compare_methods --quick
     python -m experiments.compare_methods --dataset cifar100 --download --num-epochs 200 --num-seeds 3
 
-Every run has a folder, <output-dir>/<method>/seed<k>/; beside them lie table.md, robustness.md, their CSVs and the
-pictures. The same command goes on after an interruption, and repeats no finished run.
+Each run has a folder, <output-dir>/<method>/seed<k>/. After an interruption the same command goes on.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import torch
 
 import estimate_curvature
 import train_models
+from curvature.results import write_json
 from data.datasets import load_dataset
 from experiments import evaluate_robustness, two_moons
 from experiments.robustness import import_auto_attack
@@ -27,7 +27,6 @@ from experiments.tables import Run, draw_figures, write_tables
 from training.run_files import MACHINE_FLAGS
 from utils import cli
 from utils.errors import UsageError, UserError
-from utils.files import write_atomically
 
 
 class Method(NamedTuple):
@@ -36,11 +35,10 @@ class Method(NamedTuple):
     title: str
     arch_suffix: str  # of the name in models/model_selector.py
     training: dict  # values of train_models.py's flags
-    quick: dict  # the same, which --quick adds where they are not given
+    quick: dict  # defaults of these flags with --quick
 
 
-# with --quick, a low-curvature network bears a weight of the gradient norm at which a standard one has not learnt much
-# after so few epochs; CURE's factor is a hundredth of G's
+# With --quick, only low-curvature networks learn under a large weight of the gradient norm. CURE divides it by 100.
 METHODS = {
     "standard": Method("Standard", "", {}, {}),
     "lcnn": Method("LCNN", "lcnn", {"regularizer": "curvature"}, {}),
@@ -51,16 +49,14 @@ METHODS = {
     "adversarial": Method("Adversarial training", "", {"adversarial_training": True}, {}),
 }
 
-# --quick: what takes the place of the defaults; so few steps need BatchNorm statistics that follow them
+# defaults with --quick: BatchNorm must follow the few steps, and on these images larger distances tell more
 QUICK_TRAINING = {"dataset": "digits", "num_epochs": 5, "batch_size": 32, "lr": 0.05}
 QUICK_TRAINING |= {"bn_momentum": 0.5, "calibrate_batchnorm": True}
 QUICK_MEASURING = {"num_samples": 64, "split": "test", "pgd_steps": 10, "restarts": 1, "draws": 2}
-# on these images larger distances tell more
 QUICK_MEASURING |= {"eps_l2": [0.2, 0.5, 1.0], "eps_linf": [4 / 255, 16 / 255], "deltas": [0.1, 0.5]}
 
-# flags of train_models.py that make the methods or are the driver's own affair
 RESERVED = ("--regularizer", "--adversarial-training", "--no-adversarial-training", "--resume", "--overwrite")
-# settings of a comparison are the flags of its scripts, except where it runs, and what it reads and writes there
+# flags that do not change the numbers: a comparison may go on with others
 NOT_SETTINGS = MACHINE_FLAGS | {"data_dir", "model_filename", "output", "plot", "layers", "compare"}
 
 
@@ -81,10 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="Every other flag is one of train_models.py's and goes to every training run; see its --help.",
     )
-    methods = f"of {', '.join(METHODS)} (default: all)"
     what = parser.add_argument_group("what to compare")
     what.add_argument("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
-    what.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=methods)
+    what.add_argument("--methods", nargs="+", choices=METHODS, help="rows of the table (default: all)")
     what.add_argument("--model-arch", choices=("resnet18", "resnet34", "vgg11"), default="resnet18", help="the network")
     what.add_argument("--num-seeds", type=cli.positive_int, default=1, help="runs of each method; seeds from --seed on")
     how = parser.add_argument_group("how to measure")
@@ -100,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def training_flags(flags: argparse.Namespace, method: str, **values) -> argparse.Namespace:
-    """The flags of train_models.py: the method's and ``values``, those given, --quick's, and the defaults, in turn."""
+    """The flags of train_models.py: ``values``, the method's, those given, --quick's, or the defaults."""
     row = METHODS[method]
     parser = train_models.build_parser()
     if flags.quick:
@@ -110,28 +105,24 @@ def training_flags(flags: argparse.Namespace, method: str, **values) -> argparse
 
 
 def measuring_flags(script: ModuleType, flags: argparse.Namespace, **values) -> argparse.Namespace:
-    """The flags of a script: ``values``, the comparison's flags of the same names, and the defaults, in turn."""
+    """The flags of a script: ``values``, the comparison's of the same name, or the defaults."""
     defaults = vars(script.build_parser().parse_args([]))
     shared = {name: value for name, value in vars(flags).items() if name in defaults and name != "model_arch"}
     return argparse.Namespace(**defaults | shared | values)
 
 
 def comparison_settings(flags: argparse.Namespace) -> dict:
-    """Everything that makes the numbers: the flags of every script, and which data.
-
-    Which methods and how many seeds is left open: they may be added to a comparison later.
-    """
+    """Everything that makes the numbers: the flags of every script, and which data. Methods and seeds may be added."""
     scripts = {f"train_models.py, {method}": training_flags(flags, method) for method in METHODS}
     scripts["estimate_curvature.py"] = measuring_flags(estimate_curvature, flags)
     scripts["evaluate_robustness.py"] = measuring_flags(evaluate_robustness, flags, split="test")
-    settings = {
-        script: {name: value for name, value in vars(chosen).items() if name not in NOT_SETTINGS}
-        for script, chosen in scripts.items()
-    }
+    settings = {}
+    for script, chosen in scripts.items():
+        settings[script] = {name: value for name, value in vars(chosen).items() if name not in NOT_SETTINGS}
     chosen = training_flags(flags, "standard")
     data = load_dataset(chosen.dataset, chosen.data_dir, chosen.image_size, chosen.download)
     settings["data"] = {"fingerprint": data.fingerprint(), "image_size": data.test.images.shape[-1]}
-    return json.loads(json.dumps(settings, default=str))  # as they will be read back
+    return json.loads(json.dumps(settings, default=str))  # as read back
 
 
 def check_same_settings(path: Path, settings: dict) -> None:
@@ -141,12 +132,10 @@ def check_same_settings(path: Path, settings: dict) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a comparison's settings; name another --output-dir") from error
     for script, flags in settings.items():
-        for name, value in flags.items():
-            theirs = recorded.get(script, {}).get(name)
-            if theirs == value:
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            difference = "on other data" if script == "data" else f"with {flag} {theirs}, not {value} ({script})"
+        theirs = recorded.get(script, {})
+        for name in [name for name in flags if theirs.get(name) != flags[name]]:
+            flag = f"--{name.replace('_', '-')} {theirs.get(name)}, not {flags[name]} ({script})"
+            difference = "on other data" if script == "data" else f"with {flag}"
             remedy = "give the same flags, or another --output-dir"
             raise UsageError(f"{path}: this comparison was started {difference}; {remedy}")
 
@@ -159,39 +148,36 @@ def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> No
     training = training_flags(flags, method, prng_seed=seed, output_dir=run.folder, resume=True)
     subject = {"model_filename": [str(train_models.train(training))], "data_dir": training.data_dir}
     if not run.curvature.exists():
-        # written after each split: it gets its name when it is whole
+        # it is written after each split, and gets its name when it is whole
         unfinished = run.curvature.with_name("curvature.unfinished.csv")
         estimate_curvature.estimate(measuring_flags(estimate_curvature, flags, output=unfinished, **subject))
         os.replace(unfinished, run.curvature)
     if not run.robustness.exists():
-        output = run.robustness.with_suffix(".csv")
-        attack = measuring_flags(evaluate_robustness, flags, split="test", output=output, **subject)
-        evaluate_robustness.evaluate(attack)
+        subject |= {"split": "test", "output": run.robustness.with_suffix(".csv")}
+        evaluate_robustness.evaluate(measuring_flags(evaluate_robustness, flags, **subject))
 
 
 def finished_runs(output_dir: Path) -> list[Run]:
-    """Those of earlier calls included."""
-    folders = [(m.title, folder) for name, m in METHODS.items() for folder in sorted((output_dir / name).glob("seed*"))]
-    return [run for run in (Run(title, folder) for title, folder in folders) if run.is_finished()]
+    """The finished runs of this call and of earlier ones."""
+    runs = [Run(m.title, path) for name, m in METHODS.items() for path in sorted(output_dir.glob(f"{name}/seed*"))]
+    return [run for run in runs if run.is_finished()]
 
 
 def compare(flags: argparse.Namespace) -> None:
-    """Do what the flags say: every run, then the tables and figures of all there are."""
+    """Carry out every run, then write the tables and draw the figures."""
     for argument in flags.training:
         if (flag := argument.split("=")[0]) in RESERVED:
             raise UsageError(f"{flag} is up to the comparison; choose among its rows with --methods")
     if flags.autoattack:
-        import_auto_attack()  # is it there? before hours of training
+        import_auto_attack()  # an error comes before hours of training
     for method in flags.methods or METHODS:
         train_models.check_flags(training_flags(flags, method))  # before the settings are written down
     settings = comparison_settings(flags)
     recorded = flags.output_dir / "settings.json"
-    if recorded.exists():
-        check_same_settings(recorded, settings)
-    else:
+    if not recorded.exists():
         flags.output_dir.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"torch": torch.__version__, "settings": settings}, indent=1)
-        write_atomically(recorded, content.encode())
+        write_json(recorded, {"torch": torch.__version__, "settings": settings})
+    check_same_settings(recorded, settings)
 
     seeds = range(flags.prng_seed, flags.prng_seed + flags.num_seeds)
     todo = [(method, seed) for seed in seeds for method in METHODS if method in (flags.methods or METHODS)]

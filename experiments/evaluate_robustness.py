@@ -1,8 +1,8 @@
 """Evaluate how robust trained models are: the stability of their input gradients, and their accuracy under attack.
 
-    python -m experiments.evaluate_robustness --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
+    python -m experiments.evaluate_robustness --model-filename saved_models/quick_start/*.pt
 
-Several files are examined on the same examples. --autoattack needs AutoAttack (pip install pyautoattack).
+Several files are examined on the same examples.
 """
 
 import argparse
@@ -26,46 +26,30 @@ from utils.files import make_room
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="evaluate_robustness", description=__doc__.splitlines()[0])
-
     what = parser.add_argument_group("what to examine")
     add_subject_flags(what, default_split="test")
-
     distances = {"type": cli.pixel_distance, "metavar": "EPS", "nargs": "+"}
     attacks = parser.add_argument_group("attacks, on images in [0, 1]")
     attacks.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS), help="of the perturbations")
     attacks.add_argument("--eps-l2", **distances, default=[0.05, 0.1, 0.15, 0.2], help="l2 radii")
-    attacks.add_argument(
-        "--eps-linf",
-        **distances,
-        default=[1 / 255, 2 / 255, 4 / 255],
-        help="l-infinity radii; fractions such as 8/255 are understood",
-    )
+    radii = [1 / 255, 2 / 255, 4 / 255]
+    attacks.add_argument("--eps-linf", **distances, default=radii, help="l-infinity radii; may be fractions as 8/255")
     attacks.add_argument("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of PGD")
     attacks.add_argument("--pgd-step-size", type=cli.pixel_distance, help="length of a step (default: 2.5 eps / steps)")
     attacks.add_argument("--restarts", type=cli.positive_int, default=3, help="random starts of PGD")
-    attacks.add_argument(
-        "--autoattack",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="try AutoAttack on what PGD leaves; far slower, and its random starts depend on the batch (default: off)",
+    help_text = (
+        "try AutoAttack on what PGD leaves; far slower, and its random starts depend on the batch (default: off)"
     )
+    attacks.add_argument("--autoattack", action=argparse.BooleanOptionalAction, default=False, help=help_text)
 
     stability = parser.add_argument_group("gradient stability")
-    stability.add_argument(
-        "--deltas",
-        **distances | {"metavar": "DELTA", "nargs": "*"},
-        default=[0.05, 0.1, 0.15, 0.2],
-        help="l2 norms of the random changes; none given: not measured",
-    )
+    changes = distances | {"metavar": "DELTA", "nargs": "*", "default": [0.05, 0.1, 0.15, 0.2]}
+    stability.add_argument("--deltas", **changes, help="l2 norms of the random changes; none given: not measured")
     stability.add_argument("--draws", type=cli.positive_int, default=5, help="random changes of each norm an example")
 
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.csv",
-        help="write one row per example, and a summary to FILE.json; earlier ones are replaced",
-    )
+    help_text = "write one row per example, and a summary to FILE.json"
+    output.add_argument("--output", type=Path, metavar="FILE.csv", help=help_text)
     output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy and stability by distance")
     parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples at once; memory, not results")
     cli.add_shared_flags(parser)
@@ -83,7 +67,7 @@ def check_flags(flags: argparse.Namespace) -> None:
 
 
 def evaluate(flags: argparse.Namespace) -> None:
-    """Do what the flags say: examine, print, write and draw."""
+    """Examine, print, write and draw."""
     check_flags(flags)
     subjects = load_subjects(flags)
     files = [flags.output, flags.output.with_suffix(".json")] if flags.output else []
@@ -101,7 +85,7 @@ def evaluate(flags: argparse.Namespace) -> None:
                 tables.append(results)
                 summaries.append(summarize(results))
                 print(format_summary(summaries[-1]), flush=True)
-                if flags.output and first:  # after each split: whatever happens later, this much is there
+                if flags.output and first:  # after each split, whatever happens later
                     write_rows(flags.output, pd.concat(tables))
                     write_json(files[1], {"settings": settings, "models": summaries})
 

@@ -1,16 +1,15 @@
 """Robustness at single examples: how stable the input gradient is, and which examples withstand attacks.
 
-Gradient stability of a function f at x (paper, section 5): ||grad f(x + delta) - grad f(x)|| / ||grad f(x)|| for random
-delta of a given l2 norm, f being the example's loss or the logit of its true class.
-
-Below, a network is frozen and in eval mode (``curvature.estimate.prepared``), images are (N, ...) pixels in [0, 1],
-labels (N,) class indices, and each example has a generator of its own, so that nothing depends on its batch.
+Networks are frozen and in eval mode (``curvature.estimate.prepared``). Images are (N, ...) pixels in [0, 1], and labels
+(N,) class indices. Each example has its own generator, so that nothing depends on its batch.
 """
 
 import argparse
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,9 @@ from utils.numerics import Generators, draw_normal, normalize, norms
 from utils.plots import new_figure, save_figure
 
 Network = nn.Module | FoldedNetwork
-STABILITY = {"loss": "loss", "logit": "true-class logit"}  # f in the names of columns, and in words
-ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}  # in the names of columns; in words, its line
+# names in columns -> titles; lines in pictures
+STABILITY = {"loss": "loss", "logit": "true-class logit"}
+ATTACKS = {"pgd": ("PGD", "-"), "autoattack": ("AutoAttack", "--")}
 
 
 @torch.no_grad()
@@ -39,14 +39,17 @@ def gradient_stability(
     draws: int,
     generator: Generators = None,
 ) -> Tensor:
-    """(k, N) means of ||grad f(x + delta) - grad f(x)|| / ||grad f(x)|| over random directions, or NaN for 0 / 0.
+    """Means of ||grad f(x + delta) - grad f(x)|| / ||grad f(x)|| over random directions (paper, section 5).
 
-    x + delta is not cut to [0, 1]: its distance is meant to be exact.
+    x + delta is not cut to [0, 1]: its distance is exact.
 
     Args:
         gradient: x (N, ...) -> (N, ...), the gradient of each example's f.
-        deltas: k l2 norms; all are tried in the same directions.
+        deltas: k l2 norms. All are tried in the same directions.
         draws: how many directions.
+
+    Returns:
+        (k, N); NaN for 0 / 0.
     """
     here = gradient(images)
     changes = images.new_zeros(len(deltas), len(images))
@@ -58,7 +61,7 @@ def gradient_stability(
 
 
 def input_gradient_of(quantity: str, network: Network, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """x (N, ...) -> (N, ...): the input gradient of each example's "loss", or of the "logit" of its true class."""
+    """x (N, ...) -> (N, ...), the input gradient of each example's "loss", or of the "logit" of its true class."""
     if quantity == "loss":
         return lambda x: loss_gradient(network, x, labels)[1]
     return lambda x: input_vector_jacobian_product(network, x, lambda z: F.one_hot(labels, z.shape[1]).to(z.dtype))[1]
@@ -66,37 +69,28 @@ def input_gradient_of(quantity: str, network: Network, labels: Tensor) -> Callab
 
 @torch.no_grad()
 def strongest(
-    network: Network,
-    images: Tensor,
-    labels: Tensor,
-    attack: PGD,
-    restarts: int,
-    generators: list[torch.Generator],
+    network: Network, images: Tensor, labels: Tensor, attack: PGD, restarts: int, generators: list[torch.Generator]
 ) -> Tensor:
-    """The worst of the points that some climbs of PGD pass, each from another random start.
+    """The worst point (N, ...) on PGD's climbs, each from another random start.
 
-    Returns:
-        (N, ...): a point that is misclassified if one was seen (the image itself if it is), else the one of largest
-        loss.
+    That is a misclassified one if there is one (the image itself if it is), else that of largest loss.
     """
     worst = images.clone()
     logits = network(images.clone())  # a clone, as the model may work in place
     largest = cross_entropy(logits, labels)
-    rows = (logits.argmax(dim=1) == labels).nonzero()[:, 0]  # who is fooled needs no more
-    for _ in range(restarts):
+    rows = (logits.argmax(dim=1) == labels).nonzero()[:, 0]  # those still standing
+    for _, step in product(range(restarts), range(attack.steps + 1)):
         if not len(rows):
             break
-        x = attack.random_start(images[rows], [generators[row] for row in rows.tolist()])
-        for step in range(attack.steps + 1):
-            logits, gradient = loss_gradient(network, x, labels[rows])
-            loss = cross_entropy(logits, labels[rows])
-            wrong = logits.argmax(dim=1) != labels[rows]
-            better = wrong | (loss > largest[rows])
-            worst[rows[better]], largest[rows[better]] = x[better], loss[better]
-            x, rows, gradient = x[~wrong], rows[~wrong], gradient[~wrong]
-            if step == attack.steps or not len(rows):
-                break
-            x = attack.step(x, images[rows], gradient)
+        if step == 0:
+            x = attack.random_start(images[rows], [generators[row] for row in rows.tolist()])
+        logits, gradient = loss_gradient(network, x, labels[rows])
+        loss = cross_entropy(logits, labels[rows])
+        wrong = logits.argmax(dim=1) != labels[rows]
+        better = wrong | (loss > largest[rows])
+        worst[rows[better]], largest[rows[better]] = x[better], loss[better]
+        rows = rows[~wrong]
+        x = attack.step(x[~wrong], images[rows], gradient[~wrong])
     return worst
 
 
@@ -106,26 +100,25 @@ def import_auto_attack() -> Callable:
     Raises:
         UserError: if no package that has it is installed.
     """
-    # the authors' repository, which prints unless told not to; their package on PyPI, which does not
+    # the authors' repository prints unless told not to, their package on PyPI does not
     for package, silent in (("autoattack", {"verbose": False}), ("pyautoattack", {})):
-        try:
+        with suppress(ImportError):
             return partial(importlib.import_module(package).AutoAttack, **silent)
-        except ImportError:
-            continue
     raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out")
 
 
 @torch.no_grad()
 def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Tensor:
-    """What AutoAttack's standard version finds: APGD on the cross-entropy and targeted, FAB targeted, Square.
+    """What AutoAttack's standard version finds, in float32: APGD on the cross-entropy and targeted, FAB, Square.
 
-    With fewer than ten classes it has fewer targets; its targeted APGD needs four classes, and is left out below. It
-    draws its random numbers for the batch as a whole: what it finds for an image depends a little on the others. It
-    works in float32, whatever the network does.
+    With fewer than ten classes it has fewer targets. Below four, it works without the targeted APGD. Its random
+    numbers are drawn for the whole batch: what it finds for an image depends a little on the others.
+
+    Args:
+        norm: "l2" or "linf".
 
     Returns:
-        (N, ...) pixels in [0, 1], in the ball of radius eps in the norm, "l2" or "linf"; the images themselves where it
-        found nothing.
+        (N, ...) pixels in [0, 1], within eps of the images; the images themselves where it found nothing.
 
     Raises:
         UserError: if AutoAttack is not installed.
@@ -145,8 +138,8 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
         if num_classes < 4:
             attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
         found = attack.run_standard_evaluation(images.float(), labels)
-    found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds what they are taken for
-    # its arithmetic may leave the ball by a rounding
+    found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds predictions
+    # rounding may leave the ball
     return (images + project(found.to(images.dtype) - images, norm, eps)).clamp(0, 1)
 
 
@@ -154,17 +147,13 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
 def withstood(
     network: Network, labels: Tensor, standing: dict[float, Tensor], attack: Callable[[Tensor, float], Tensor]
 ) -> dict[float, Tensor]:
-    """Which examples are classified correctly wherever an attack led them.
+    """Which examples are classified correctly wherever an attack led them: radius -> (N,) mask.
 
-    A ball holds every smaller one: who is fooled at one radius counts as fooled at all larger ones. So accuracy never
-    rises with the radius.
+    An example that is fooled at one radius counts as fooled at all larger ones.
 
     Args:
         standing: radius, smallest first -> (N,) mask of the examples to be tried there.
-        attack: (k,) positions of the examples still standing, and a radius -> (k, ...) images in the balls around them.
-
-    Returns:
-        radius -> (N,) mask.
+        attack: (k,) positions of examples and a radius -> (k, ...) images in the balls around them.
     """
     left = torch.ones_like(labels, dtype=torch.bool)
     found = {}
@@ -178,18 +167,18 @@ def withstood(
 
 
 def distinct(distances: Sequence[float]) -> list[float]:
-    """In increasing order, one of each that have the same name in the results."""
+    """In increasing order, one of each name in the results."""
     return sorted({f"{distance:g}": distance for distance in distances}.values())
 
 
 def examine(
     network: Network, flags: argparse.Namespace, images: Tensor, labels: Tensor, generators: list[torch.Generator]
 ) -> dict[str, Tensor]:
-    """Everything the flags of evaluate_robustness ask for, at a batch of examples.
+    """What the flags of evaluate_robustness ask for, at a batch of examples.
 
     Returns:
-        Columns (N,): predicted, loss; stability_<loss or logit>_<delta>; <attack>_<norm>_<eps>, True for those that
-        withstand. AutoAttack is tried on what PGD left standing, and its columns tell of both.
+        Columns (N,): predicted, loss, stability_<loss or logit>_<delta>, and <attack>_<norm>_<eps>: whether an example
+        withstands. AutoAttack is tried on what PGD left standing, and its columns tell of both.
     """
     with torch.no_grad():
         logits = network(images.clone())  # a clone, as the model may work in place
@@ -219,9 +208,9 @@ def examine(
 
 
 def summarize(results: pd.DataFrame) -> dict:
-    """Accuracies in percent, by attack and eps, and the mean and standard deviation of stability, by delta.
+    """Accuracy in percent by attack and eps, and mean and standard deviation of stability by delta.
 
-    Examples whose gradient is zero or not finite have no stability; ``left_out`` counts them.
+    Examples whose gradient is zero or not finite have no stability. ``left_out`` counts them.
 
     Args:
         results: the rows of one model and split, with the columns of ``examine``.
@@ -247,7 +236,7 @@ def summarize(results: pd.DataFrame) -> dict:
 
 
 def format_summary(summary: dict) -> str:
-    """A model's summary for the screen."""
+    """A summary for the screen."""
     lines = [f"  {summary['split']}, {summary['examples']} examples, accuracy {summary['accuracy']:.2f} %"]
     for attack, accuracies in summary["robust_accuracy"].items():
         name, norm = attack.split("_")
@@ -263,7 +252,7 @@ def format_summary(summary: dict) -> str:
 
 
 def plot_robustness(path: Path, names: Sequence[str], summaries: Sequence[dict]) -> None:
-    """Accuracy by eps, a panel for each norm, and the gradients' relative change by delta, a panel for each gradient.
+    """A panel for each norm (accuracy by eps) and each gradient (relative change by delta).
 
     Args:
         names: for the legend, one for each summary.
@@ -285,9 +274,7 @@ def plot_robustness(path: Path, names: Sequence[str], summaries: Sequence[dict])
         for i, summary in enumerate(summaries):
             changes = summary["stability"][quantity]
             axis.plot(list(map(float, changes)), [c["mean"] for c in changes.values()], marker=".", color=f"C{i}")
-    handles, labels = axes[0].get_legend_handles_labels()
     for axis in axes:
         axis.grid(alpha=0.3)
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)

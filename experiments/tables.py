@@ -12,7 +12,7 @@ from curvature.results import QUANTITIES, averaged, read_results
 from experiments.robustness import ATTACKS, STABILITY, plot_robustness, summarize
 from utils.files import write_atomically
 
-# columns of table.csv, each followed by its standard deviation over seeds, and their headings in table.md
+# columns of table.csv, beside their standard deviations over seeds, and headings of table.md
 COLUMNS = {
     "gradient_norm": "‖∇f‖",
     "hessian_norm": "‖∇²f‖",
@@ -20,7 +20,7 @@ COLUMNS = {
     "test_accuracy": "test accuracy, %",
     "cost": "training cost",
 }
-COUNTS = ["examples", "averaged", "converged"]  # its last columns, over all seeds
+COUNTS = ["examples", "averaged", "converged"]  # over all seeds
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,26 @@ class Run:
         return self.folder / "robustness.json"
 
     def is_finished(self) -> bool:
-        """Whether it is trained and measured: both files are written as a whole, and after training."""
+        """Whether it is trained and measured. Both files are written as a whole."""
         return self.curvature.exists() and self.robustness.exists()
 
     def results(self) -> pd.DataFrame:
-        """A row for each example, with the run's method and seed."""
+        """A row an example, with the run's method and seed."""
         return read_results(self.curvature).assign(method=self.method, seed=self.folder.name)
 
     def training(self) -> dict:
-        """Its last test accuracy, and the median of its epochs' seconds."""
-        (path,) = self.folder.glob("*_metrics.csv")
-        metrics = pd.read_csv(path)
+        """The last test accuracy, and the median of the epochs' seconds."""
+        metrics = pd.read_csv(*self.folder.glob("*_metrics.csv"))
         numbers = {"test_accuracy": metrics["test_accuracy"].iloc[-1], "seconds": metrics["seconds"].median()}
         return {"method": self.method, "seed": self.folder.name, **numbers}
 
     def report(self) -> dict:
-        """What evaluate_robustness wrote: its settings, and a summary of the one model."""
+        """What evaluate_robustness wrote: settings, and a summary of one model."""
         return json.loads(self.robustness.read_text())
 
 
 def curvature_table(runs: list[Run]) -> pd.DataFrame:
-    """table.csv: a row for each method and split; every number is a mean over examples first, then over seeds."""
+    """table.csv: a row a method and split, with means over seeds of means over examples."""
     results = pd.concat([run.results() for run in runs])
     results = results.assign(examples=1, averaged=averaged(results))
     results["converged"] &= results["averaged"]
@@ -71,13 +70,13 @@ def curvature_table(runs: list[Run]) -> pd.DataFrame:
     standard = training[training["method"] == "Standard"].set_index("seed")["seconds"]
     training["cost"] = training["seconds"] / training["seed"].map(standard)
     groups = training.merge(by_seed).groupby(["method", "split"], sort=False)
-    over_seeds = groups[list(COLUMNS)].agg(["mean", "std"])  # the latter with n - 1: NaN where there is one seed
+    over_seeds = groups[list(COLUMNS)].agg(["mean", "std"])  # std: with n - 1, so NaN for one seed
     over_seeds.columns = [name if number == "mean" else f"{name}_sd" for name, number in over_seeds.columns]
     return pd.concat([groups.size().rename("seeds"), over_seeds, groups[COUNTS].sum()], axis=1).reset_index()
 
 
 def robustness_table(runs: list[Run]) -> pd.DataFrame:
-    """robustness.csv: a row for each method, accuracy or stability, kind of it, and size of the change."""
+    """robustness.csv: a row a method, measure (accuracy or stability), kind, and size of the change."""
     rows = []
     for run in runs:
         (summary,) = run.report()["models"]
@@ -92,31 +91,29 @@ def robustness_table(runs: list[Run]) -> pd.DataFrame:
 
 
 def mean_and_sd(rows: pd.DataFrame, name: str) -> list[str]:
-    """A column for the reader: mean ± sd, or as much of it as there is."""
+    """Cells "mean ± sd", or as much of it as there is."""
     means, sds = rows[name].map("{:.4g}".format, "ignore"), rows[f"{name}_sd"].map(" ± {:.2g}".format, "ignore")
     return list(means.fillna("") + sds.fillna(""))
 
 
 def markdown(columns: dict[str, list[str]]) -> str:
-    """A table with these headings."""
     lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def describe(runs: list[Run], settings: dict) -> str:
-    """What was compared, in a line for a caption."""
+    """What was compared, for a caption."""
     training, size = settings["train_models.py, standard"], settings["data"]["image_size"]
-    counts = sorted(Counter(run.method for run in runs).values())
-    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    counts = Counter(run.method for run in runs).values()
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     versions = sorted({run.report()["settings"]["torch"] for run in runs})
     return (
         f"{training['model_arch']} on {training['dataset']} ({size} x {size}), {training['num_epochs']} epochs, "
-        f"{seeds} seed{'' if counts[-1] == 1 else 's'} a method, torch {', '.join(versions)}."
+        f"{seeds} seed{'' if max(counts) == 1 else 's'} a method, torch {', '.join(versions)}."
     )
 
 
 def curvature_markdown(table: pd.DataFrame, description: str) -> str:
-    """table.md."""
     examples, averaged, converged = table[COUNTS].sum()
     caption = (
         f"{description} Means over examples, f being the loss; ± is the standard deviation over seeds. "
@@ -130,13 +127,12 @@ def curvature_markdown(table: pd.DataFrame, description: str) -> str:
     for split, rows in table.groupby("split"):
         count = (rows["examples"] // rows["seeds"]).max()
         columns = {title: mean_and_sd(rows, name) for name, title in COLUMNS.items()}
-        parts.append(f"Gradient, Hessian and curvature at {count} {split} examples:")
-        parts.append(markdown({"method": rows["method"], **columns}))
+        title = f"Gradient, Hessian and curvature at {count} {split} examples:"
+        parts += [title, markdown({"method": rows["method"], **columns})]
     return "\n\n".join(parts) + "\n"
 
 
 def robustness_markdown(table: pd.DataFrame, description: str, settings: dict) -> str:
-    """robustness.md."""
     attack = settings["evaluate_robustness.py"]
     parts = [f"{description} PGD: --pgd-steps {attack['pgd_steps']} --restarts {attack['restarts']}."]
     for (measure, kind), rows in table.groupby(["measure", "kind"], sort=False):
@@ -150,7 +146,7 @@ def robustness_markdown(table: pd.DataFrame, description: str, settings: dict) -
 
 
 def write_tables(folder: Path, runs: list[Run], settings: dict) -> None:
-    """table.csv, table.md, robustness.csv and robustness.md of the finished runs."""
+    """Write table.csv, table.md, robustness.csv and robustness.md."""
     curvature, robustness, description = curvature_table(runs), robustness_table(runs), describe(runs, settings)
     texts = {
         "table.csv": curvature.to_csv(index=False, lineterminator="\n"),
@@ -163,7 +159,7 @@ def write_tables(folder: Path, runs: list[Run], settings: dict) -> None:
 
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
-    """curvature.png, how it is distributed, and robustness.png; both over the test examples of all seeds."""
+    """Draw curvature.png and robustness.png, over the test examples of all seeds."""
     results = pd.concat([run.results() for run in runs]).query("split == 'test'")
     plot_results(folder / "curvature.png", list(results.groupby("method", sort=False)))
     examined = pd.concat([pd.read_csv(run.robustness.with_suffix(".csv")).assign(method=run.method) for run in runs])

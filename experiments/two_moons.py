@@ -26,16 +26,14 @@ REG_CONSTANTS = (3e-4, 0.0, 1e-2)  # of beta, gamma (there is no BatchNorm) and 
 
 
 class Result(NamedTuple):
-    """A trained network, and how it does on the test points."""
-
     name: str
     model: nn.Module
-    accuracy: float  # in percent
-    curvature: float  # the mean of C
+    accuracy: float  # in percent of the test points
+    curvature: float  # the mean of C over them
 
 
 def two_moons(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Points (count, 2) in float64, and their classes (count,)."""
+    """Points (count, 2) in float64, and classes (count,)."""
     from sklearn.datasets import make_moons
 
     points, classes = make_moons(count, noise=noise, random_state=seed)
@@ -45,8 +43,7 @@ def two_moons(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
 def build_mlp(low_curvature: bool) -> nn.Sequential:
     """Two hidden layers, standard or low-curvature.
 
-    The last layer of both is free: were it normalized too, the logits would have Lipschitz constant 1, and at the
-    moons' distance of a few tenths the network could not be sure of anything.
+    The last layer is free. The moons are a few tenths apart: with Lipschitz constant 1 nothing would be sure.
     """
     layers = []
     for inputs in (2, WIDTH):
@@ -56,7 +53,7 @@ def build_mlp(low_curvature: bool) -> nn.Sequential:
 
 
 def compare(noise: float, seed: int) -> list[Result]:
-    """Train both networks on the same points, and measure and print how they do on the same others."""
+    """Train both networks on the same points, and test them on the same others."""
     points, classes = two_moons(NUM_TRAIN, noise, seed)
     test_points, test_classes = two_moons(NUM_TEST, noise, seed + 1)
     results = []
@@ -77,7 +74,7 @@ def compare(noise: float, seed: int) -> list[Result]:
 
 
 def draw(path: Path, noise: float, seed: int) -> None:
-    """A panel for each network: the probability of class 1 as a map, where it is 1/2 as a line, training points."""
+    """A panel a network: the probability of class 1 as a map, 1/2 as a line, and the training points."""
     results = compare(noise, seed)
     points, classes = (tensor.numpy() for tensor in two_moons(NUM_TRAIN, noise, seed))
     figure, axes = new_figure(len(results))

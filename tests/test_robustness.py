@@ -50,14 +50,13 @@ def test_stability_on_a_multiple_of_the_identity_is_the_relative_distance():
 
 
 def test_stability_on_a_quadratic_in_expectation():
-    """With two singular values s and the rest 0, ||A delta|| is delta * s * sqrt(v_1^2 + v_2^2), v uniform on the
-    sphere in six dimensions."""
+    """A = diag(s, -s, 0, ...): ||A delta|| = delta s sqrt(v_1^2 + v_2^2), v uniform on the sphere."""
     images, labels = images_of(1), torch.zeros(1, dtype=torch.int64)
     gradient = input_gradient_of("logit", Quadratic(2, -2, 0, 0, 0, 0), labels)
     stability = gradient_stability(gradient, images, [0.5], 4000, torch.Generator().manual_seed(0))
-    # v_1^2 + v_2^2 ~ Beta(1, 2): the mean of its root is B(3/2, 2) / B(1, 2) = (4/15) / (1/2)
+    # v_1^2 + v_2^2 ~ Beta(1, 2) in six dimensions: the mean of its root is B(3/2, 2) / B(1, 2) = (4/15) / (1/2)
     expected = 0.5 * 2 * (8 / 15) / (2 * images.flatten()[:2].norm())
-    # the root's standard deviation is 0.22: 4000 draws know the mean of 0.533 to 0.7 %
+    # the root's standard deviation is 0.22: 4000 draws give the mean to 0.7 %
     assert stability.item() == pytest.approx(expected.item(), rel=0.02)
 
 
@@ -128,21 +127,19 @@ def test_accuracy_never_rises_with_the_radius_nor_above_the_clean_one():
 def test_a_model_that_works_in_place_gives_what_it_gives_out_of_place():
     """The first layer may overwrite its input, as a normalization does: the images stay what they are."""
 
-    class InPlace(nn.Module):
+    class Normalization(nn.Module):
         def forward(self, x):
-            return x.sub_(0.4).div_(0.2)
-
-    class OutOfPlace(nn.Module):
-        def forward(self, x):
-            return (x - 0.4) / 0.2
+            return x.sub_(0.4) if self.in_place else x - 0.4
 
     images, labels = images_of(12), torch.arange(12) % 4
     before, flags = images.clone(), "--eps-l2 0.2 --eps-linf 0.1 --deltas 0.1"
     torch.manual_seed(0)
-    layers = nn.Flatten(), nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 4)
-    one, other = (
-        examined(nn.Sequential(first, *layers).double(), images, labels, flags) for first in (InPlace(), OutOfPlace())
-    )
+    layers = Normalization(), nn.Flatten(), nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 4)
+    model, results = nn.Sequential(*layers).double(), []
+    for in_place in (True, False):
+        layers[0].in_place = in_place
+        results.append(examined(model, images, labels, flags))
+    one, other = results
     assert torch.equal(images, before)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["pgd_l2_0.2"].any()
@@ -151,21 +148,20 @@ def test_a_model_that_works_in_place_gives_what_it_gives_out_of_place():
 @pytest.fixture(scope="module")
 def checkpoint(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
-    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 6]
-    flags += ["--model-arch", "vgg11", "--batch-size", 8, "--lr", 0.02, "--bn-momentum", 0.5]
-    assert train_models.main([*map(str, flags), "--output-dir", str(folder)]) == 0
+    flags = "--model-arch vgg11 --dataset imagefolder --image-size 16 --num-epochs 6 --batch-size 8 --lr 0.02"
+    flags += f" --bn-momentum 0.5 --data-dir {photographs} --output-dir {folder}"
+    assert train_models.main(flags.split()) == 0
     return folder / "vgg11_imagefolder.pt"
 
 
-SMALL = ["--pgd-steps", 3, "--restarts", 2, "--deltas", 0.1, 0.2, "--draws", 2]
-SMALL += ["--norms", "l2", "linf", "--eps-l2", 20, 0.1, "--eps-linf", "32/255", "--data-fraction", 1]
+SMALL = "--pgd-steps 3 --restarts 2 --deltas 0.1 0.2 --draws 2 --eps-l2 20 0.1 --eps-linf 32/255 --data-fraction 1"
+SMALL = SMALL.split()
 
 
 def test_the_script_on_real_images(checkpoint, tmp_path, capsys):
     path, picture = tmp_path / "r.csv", tmp_path / "r.png"
-    copy = shutil.copy(checkpoint, tmp_path / "copy.pt")
-    files = ["--model-filename", checkpoint, copy]
-    run_script("experiments.evaluate_robustness", *files, *SMALL, "--output", path, "--plot", picture)
+    files = [checkpoint, shutil.copy(checkpoint, tmp_path / "copy.pt"), "--output", path, "--plot", picture]
+    run_script("experiments.evaluate_robustness", *SMALL, "--model-filename", *files)
     table = pd.read_csv(path)
     assert picture.read_bytes().startswith(b"\x89PNG")
     content = json.loads(path.with_suffix(".json").read_text())
@@ -241,10 +237,9 @@ def test_outside_models_and_self_checks(own_nets, capsys):
 
 
 def test_autoattack_by_flag(own_nets, tmp_path, capsys):
-    flags = ["--model-arch", "my_nets:fine", *own_nets]
     # a PGD that goes nowhere, and a radius at which everything falls
-    flags += ["--norms", "l2", "--eps-l2", 8, "--pgd-steps", 1, "--pgd-step-size", 1e-9, "--restarts", 1]
-    flags += ["--deltas", "--autoattack", "--num-samples", 6]
+    flags = "--norms l2 --eps-l2 8 --pgd-steps 1 --pgd-step-size 1e-9 --restarts 1 --deltas --num-samples 6"
+    flags = [*own_nets, *flags.split(), "--model-arch", "my_nets:fine", "--autoattack"]
     result = run_main(evaluate_robustness, [*flags, "--output", tmp_path / "aa.csv"], capsys)
     assert result.returncode == 0, result.stderr
     assert "PGD alone" not in result.stdout
@@ -267,7 +262,6 @@ def test_missing_autoattack_is_said_before_anything_is_done(monkeypatch, capsys)
     [
         ([], ["nothing to measure"]),
         (["--model-arch", "resnet18"], ["nothing to measure"]),
-        (["--model-filename", "x.pt", "--lcnn"], ["--lcnn is for"]),
         (["--model-filename", "x.pt", "--output", "x.txt"], ["must end in .csv"]),
         (["--model-filename", "x.pt", "--plot", "x.jpg"], ["must end in .png"]),
         (["--model-filename", "x.pt", "--eps-l2", "0"], ["--eps-l2", "more than 0"]),
