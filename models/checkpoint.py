@@ -35,7 +35,9 @@ REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(),
 def plain(value):
     """Nested dicts and lists with every tensor detached, on the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        value = value.detach().cpu()
+        expanded = value.nbytes > value.untyped_storage().nbytes()  # such a tensor would not be read back
+        return value.contiguous() if expanded else value
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -9,7 +9,7 @@ import torch
 from conftest import assert_one_line_error, run_main
 
 import estimate_curvature
-from models.checkpoint import FORMAT, load_model, save_checkpoint
+from models.checkpoint import FORMAT, load_model, plain, save_checkpoint
 from models.model_selector import model_architecture
 from utils.errors import UsageError, UserError
 
@@ -68,6 +68,12 @@ def test_weights_of_any_layout_and_precision_are_taken(tmp_path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(loaded(x), model.double()(x))
+
+
+def test_an_expanded_buffer_is_saved_whole():
+    saved = plain({"mean": torch.ones(1, 1).expand(2, 3)})["mean"]
+    assert saved.untyped_storage().nbytes() == saved.nbytes
+    assert torch.equal(saved, torch.ones(2, 3))
 
 
 def test_a_checkpoint_is_plain(path):
