@@ -147,7 +147,7 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
             loss = build_loss(flags, build_trained_network(flags, data, run))
             train_run(flags, run, data, loss)
         except KeyboardInterrupt:
-            print(f"\n{how_to_go_on(arguments, start_again=not run.has_saved)}")
+            print(f"\n{how_to_go_on(arguments, start_again=run.replaces)}")
             raise
     return run.checkpoint
 

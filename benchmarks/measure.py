@@ -56,5 +56,5 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> float:
 def in_new_process(function: Callable, *arguments, processes: int = 1):
     """function(*arguments) in new processes, as torchrun starts them; the result of the first."""
     c10d = {"run_id": "benchmark", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(1, 1, processes, start_method="spawn", **c10d)
+    config = LaunchConfig(1, 1, processes, start_method="spawn", max_restarts=0, **c10d)
     return elastic_launch(config, function)(*arguments)[0]

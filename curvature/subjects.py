@@ -73,7 +73,11 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
         UserError: if a file is missing or damaged, the flags disagree with it, or a model fails the self-check.
     """
     torch.manual_seed(flags.prng_seed)  # for a callable that draws its weights
-    load_data = functools.cache(load_dataset)  # several models share one
+
+    @functools.cache  # several models share one, on its device
+    def load_data(name: str, data_dir: str, image_size: int | None) -> ImageData:
+        return load_dataset(name, data_dir, image_size, flags.download).to(flags.device)
+
     subjects = [load_subject(path, flags, load_data) for path in dict.fromkeys(flags.model_filename or [None])]
     for subject in subjects:
         if subject.dtype.itemsize < 4:
@@ -104,7 +108,7 @@ def load_subject(path: str | None, flags: argparse.Namespace, load_data: Callabl
     data_dir = flags.data_dir or checkpoint.get("flags", {}).get("data_dir", "datasets")
     # before the data, which a damaged image size would blow up; another project's file needs them to say its sizes
     model = build_model(checkpoint, name, flags.model_arch) if "num_classes" in checkpoint else None
-    data = load_data(dataset, data_dir, checkpoint["image_size"], flags.download).to(flags.device)
+    data = load_data(dataset, data_dir, checkpoint["image_size"])
     image_size, num_classes = data.test.images.shape[-1], len(data.class_names)
     if model is None:
         model = build_model(checkpoint | {"image_size": image_size}, name, flags.model_arch, num_classes)

@@ -215,8 +215,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
         UserError: if a key is missing, left over, or has another shape or an impossible dtype.
     """
     try:
-        state = align(state, model.state_dict(), path)
-        for key, own in model.state_dict().items():
+        own_state = model.state_dict()
+        state = align(state, own_state, path)
+        for key, own in own_state.items():
             found = state.get(key, own)
             if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
                 raise TypeError(f"{key} is of {found.dtype}")

@@ -23,6 +23,9 @@ for suffix, layers in {"": STANDARD, "lcnn": LCNN, "softplus": SOFTPLUS, "lowbet
 OURS = ", ".join(model_architecture)
 
 
+OUR_NETWORKS = (ResNet, VGG)  # what the table above makes; any other network is its user's own code
+
+
 def is_outside(model_arch: str | None) -> bool:
     """Whether model_arch is a "package.module:callable"."""
     return model_arch is not None and ":" in model_arch

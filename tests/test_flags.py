@@ -166,6 +166,15 @@ def test_measure(script, few, tmp_path_factory, checkpoint):
     examine()
 
 
+def test_the_number_of_threads_is_set_and_put_back(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(estimate_curvature, "estimate", lambda flags: seen.append(torch.get_num_threads()))
+    for more in ([], ["--num-threads", str(before + 1)]):
+        assert call(estimate_curvature, more)[0] == 0
+    assert seen == [before, before + 1]
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "word"),
     [

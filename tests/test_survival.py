@@ -15,10 +15,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_main, run_script
+from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script
 
 import train_models
 from models.checkpoint import read_checkpoint
+from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import read_metrics, states_equal
 from training.epoch import FiniteSteps, NonFiniteStep, build_optimizer
@@ -387,6 +388,12 @@ def test_a_mistake_in_a_loss_keeps_its_traceback(small_run, monkeypatch, capsys)
     monkeypatch.setitem(regularizers, "odd", lambda model, flags: CELoss(model))
     monkeypatch.setattr(CELoss, "losses", lambda self, input, target: "no tensor")
     with pytest.raises(AttributeError, match="mean"):
+        run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+    # with a network of ours whatever torch says, too: "use other layers" would not help
+    monkeypatch.setattr(CELoss, "losses", lambda self, input, target: self.model(input) @ self.model(input))
+    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
+    flags[1] = "resnet18lcnn"
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
 
 

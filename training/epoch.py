@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+from models.model_selector import OUR_NETWORKS
 from regularized_loss import CELoss
 from training.parallel import average_statistics, data_parallel, equalize_buffers
 from utils import distributed
@@ -204,17 +205,22 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
 
 @contextmanager
 def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[None]:
-    """Say in one line why training failed; a mistake in regularized_loss.py keeps its traceback, for its author."""
+    """Say in one line why another project's network could not be trained.
+
+    A mistake in regularized_loss.py keeps its traceback, for its author, and so does all that goes wrong with ours.
+    """
     name = type(loss).__name__
     try:
         yield
     except NonFiniteStep as error:
         remedy = f"a smaller --lr may help, or look at how {name} computes it"
         raise UserError(f"epoch {epoch}, {error}; what was saved before it stays; {remedy}") from None
-    except Exception as error:
+    except Exception as error:  # the user's own code may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         in_the_loss = not isinstance(error, RuntimeError) and Path(last).name == "regularized_loss.py"
-        if in_the_loss or isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+        if isinstance(loss.model, OUR_NETWORKS) or in_the_loss:
+            raise
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
             raise
         if distributed.is_lost_process(error) or "can't allocate memory" in str(error):
             raise

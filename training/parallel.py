@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.resnet import ResNet
-from models.vgg import VGG
+from models.model_selector import OUR_NETWORKS
 from utils.distributed import world_size
 
 
@@ -22,7 +21,7 @@ def data_parallel(loss: nn.Module) -> nn.Module:
     equalize_buffers(loss)
     # ours use every parameter in every step; to look for unused ones takes time
     own = len(list(loss.parameters())) - len(list(loss.model.parameters()))
-    find_unused = own > 0 or not isinstance(loss.model, (ResNet, VGG))
+    find_unused = own > 0 or not isinstance(loss.model, OUR_NETWORKS)
     with warnings.catch_warnings():  # newer versions of torch call broadcast_buffers forward_sync_buffers
         warnings.simplefilter("ignore", FutureWarning)
         return nn.parallel.DistributedDataParallel(

@@ -21,7 +21,7 @@ MACHINE_FLAGS = {"device", "num_threads", "output_dir", "download", "resume", "o
 
 @dataclass
 class Run:
-    """A run's files, what --resume found in them, and whether they are this run's yet.
+    """A run's files, what --resume found in them, and whether they are still those of the run that it replaces.
 
     <arch>[_<regularizer>][_adversarial]_<dataset>.pt is written at the run's end, ....unfinished.pt after each epoch
     before it. In package.module:callable a dot replaces the colon, and --lcnn adds "lcnn".
@@ -35,7 +35,7 @@ class Run:
     flags: dict  # what the checkpoint records of them
     path: Path | None = None  # of the checkpoint to go on from
     saved: dict | None = None  # its content
-    has_saved: bool = False  # an epoch of this run, or one before it
+    replaces: bool = False  # another run, with --overwrite, until its own first epoch is saved
 
     @property
     def is_finished(self) -> bool:
@@ -55,10 +55,10 @@ class Run:
             self.unfinished.unlink(missing_ok=True)
         else:
             save_checkpoint(self.unfinished, entries | own)
-            if not self.has_saved:
+            if self.replaces:
                 self.checkpoint.unlink(missing_ok=True)
                 self.picture.unlink(missing_ok=True)
-        self.has_saved = True
+        self.replaces = False
         self.write_metrics(metrics)
 
     def write_metrics(self, metrics: list[dict]) -> None:
@@ -100,7 +100,7 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
         distributed.from_first(lambda: stack.enter_context(only_process_of(run)))
         found = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
         run.path, run.saved = found or (None, None)
-        run.has_saved = not flags.overwrite
+        run.replaces = flags.overwrite
         yield run
 
 

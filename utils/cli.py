@@ -110,6 +110,20 @@ def add_shared_flags(parser: argparse.ArgumentParser):
 
 
 @contextmanager
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """So many CPU threads, put back afterwards; None leaves everything to torch."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def sigterm_as_an_exception() -> Iterator[None]:
     """Raise Terminated on SIGTERM, as KeyboardInterrupt is on Ctrl-C: files under way are cleaned up."""
     if threading.current_thread() is not threading.main_thread():  # who alone may set a handler
@@ -137,9 +151,8 @@ def run(
     try:
         with sigterm_as_an_exception():
             flags = parser.parse_args(argv)
-            if getattr(flags, "num_threads", None):
-                torch.set_num_threads(flags.num_threads)
-            command(flags)
+            with threads_of_torch(getattr(flags, "num_threads", None)):
+                command(flags)
         return 0
     except SystemExit as stop:  # --help
         return stop.code or 0
