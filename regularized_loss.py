@@ -3,7 +3,8 @@
 This is the file to edit for an experiment. A loss is an ``nn.Module`` that extends ``CELoss``. Its
 ``compute_loss(input, target)`` returns the scalar to minimize, and sets ``self.metadata`` to the unweighted terms that
 are logged: the columns of the metrics file. It may own parameters, which are trained, and buffers; both are saved and
-resumed. Before each epoch the trainer sets ``self.epoch``, counted from 1, and ``self.num_epochs``.
+resumed. Before each epoch the trainer sets ``self.epoch``, counted from 1, and ``self.num_epochs``. ``self.ramp`` is
+what --reg-warmup multiplies the weights of penalties by.
 
 At the end of this file, one line in ``WEIGHTS`` makes a flag of a weight, and one line in ``regularizers`` gives a loss
 its name on the command line. The README's section "Writing your own loss" has a complete example.
@@ -90,6 +91,7 @@ class CELoss(nn.Module):
         self.model = model
         self.terms: dict[str, Tensor] = {}
         self.epoch, self.num_epochs = 1, 1  # the trainer sets both before each epoch
+        self.warmup_epochs = 0.0  # and this once, from --reg-warmup
 
     @property
     def metadata(self) -> dict[str, float]:
@@ -100,6 +102,11 @@ class CELoss(nn.Module):
     @metadata.setter
     def metadata(self, terms: dict[str, Tensor | float]) -> None:
         self.terms = {n: t.detach() if isinstance(t, Tensor) else torch.tensor(float(t)) for n, t in terms.items()}
+
+    @property
+    def ramp(self) -> float:
+        """What the weights of the penalties are multiplied by: from 0 in the first epoch to 1 after the warmup."""
+        return min(1.0, (self.epoch - 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """``compute_loss``: DistributedDataParallel, which wraps the loss, calls this."""
@@ -128,7 +135,7 @@ class GradNormRegularizedLoss(CELoss):
         losses = self.losses(input, target)
         raw_loss, gradnorm = losses.mean(), gradnorm_penalty(losses, input)
         self.metadata = {"raw_loss": raw_loss, "gradnorm": gradnorm}
-        return raw_loss + self.reg_constant * gradnorm
+        return raw_loss + self.ramp * self.reg_constant * gradnorm
 
 
 class CurvatureRegularizedLoss(CELoss):
@@ -147,7 +154,7 @@ class CurvatureRegularizedLoss(CELoss):
         raw_loss = self.losses(input, target).mean()
         beta_term, gamma_term = beta_penalty(self.model), gamma_penalty(self.model)
         self.metadata = {"raw_loss": raw_loss, "beta_term": beta_term, "gamma_term": gamma_term}
-        reg_beta, reg_gamma = self.reg_constants
+        reg_beta, reg_gamma = (self.ramp * weight for weight in self.reg_constants)
         return raw_loss + reg_beta * beta_term + reg_gamma * gamma_term
 
 
@@ -174,7 +181,7 @@ class CurvatureAndGradientRegularizedLoss(CELoss):
             "gamma_term": gamma_term,
             "gradnorm": gradnorm,
         }
-        reg_beta, reg_gamma, reg_gnorm = self.reg_constants
+        reg_beta, reg_gamma, reg_gnorm = (self.ramp * weight for weight in self.reg_constants)
         return raw_loss + reg_beta * beta_term + reg_gamma * gamma_term + reg_gnorm * gradnorm
 
 
@@ -197,7 +204,7 @@ class CURELoss(CELoss):
         change = gradient - input_gradient(self.losses(shifted, target), shifted)
         raw_loss, cure = losses.mean(), CURE_SCALE * change.square().sum() / len(input)
         self.metadata = {"raw_loss": raw_loss, "cure": cure}
-        return raw_loss + self.reg_constant * cure
+        return raw_loss + self.ramp * self.reg_constant * cure
 
 
 class CurvatureBoundRegularizedLoss(CELoss):
@@ -215,14 +222,14 @@ class CurvatureBoundRegularizedLoss(CELoss):
     def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
         raw_loss, log_bound = self.losses(input, target).mean(), log_curvature_bound(self.model)
         self.metadata = {"raw_loss": raw_loss, "log_bound": log_bound}
-        return raw_loss + self.reg_constant * log_bound
+        return raw_loss + self.ramp * self.reg_constant * log_bound
 
 
 # The weights of the penalties: name in ``flags`` -> its default and its help. reg_gnorm is --reg-gnorm there.
 WEIGHTS = {
     "reg_gnorm": (1e-3, "weight of the gradient norm"),
-    "reg_beta": (1e-2, "weight of the sum of beta"),
-    "reg_gamma": (1e-2, "weight of the sum of |log gamma|"),
+    "reg_beta": (1e-2, "weight of the sum of beta; 1e-2 is the reference's last, the paper's Table 1 has 1e-3"),
+    "reg_gamma": (1e-2, "weight of the sum of |log gamma|; likewise"),
     "reg_bound": (1e-2, "weight of the log curvature bound"),
 }
 

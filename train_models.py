@@ -71,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name.replace('_', '-')}", type=cli.nonnegative_float, default=default, help=explanation
         )
     recipe.add_argument(
+        "--reg-warmup",
+        type=cli.nonnegative_float,
+        default=0.0,
+        metavar="EPOCHS",
+        help="the penalties' weights grow from 0 in the first epoch to their full size after so many (default: 0)",
+    )
+    recipe.add_argument(
         "--beta-weight-decay",
         type=cli.nonnegative_float,
         default=0.0,
@@ -178,6 +185,7 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
         raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
     if not isinstance(loss, CELoss):
         raise UsageError(f"--regularizer {flags.regularizer}: {type(loss).__name__} must extend CELoss to be trained")
+    loss.warmup_epochs = flags.reg_warmup
     if flags.precision == "bf16":
         autocast_to_bfloat16(network, flags.device.type)
     return loss.to(flags.device)

@@ -103,13 +103,15 @@ def markdown(columns: dict[str, list[str]]) -> str:
 
 def describe(runs: list[Run], settings: dict) -> str:
     """What was compared, for a caption."""
-    training, size = settings["train_models.py, standard"], settings["data"]["image_size"]
+    training, size = settings["train_models.py, lcnn_gradreg"], settings["data"]["image_size"]
     counts = Counter(run.method for run in runs).values()
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     versions = sorted({run.report()["settings"]["torch"] for run in runs})
     return (
-        f"{training['model_arch']} on {training['dataset']} ({size} x {size}), {training['num_epochs']} epochs, "
-        f"{seeds} seed{'' if max(counts) == 1 else 's'} a method, torch {', '.join(versions)}."
+        f"{training['model_arch'].removesuffix('lcnn')} on {training['dataset']} ({size} x {size}), "
+        f"{training['num_epochs']} epochs, {seeds} seed{'' if max(counts) == 1 else 's'} a method, "
+        f"torch {', '.join(versions)}. LCNN rows: --reg-beta {training['reg_beta']:g} --reg-gamma "
+        f"{training['reg_gamma']:g}; LCNN + GradReg: --reg-gnorm {training['reg_gnorm']:g}."
     )
 
 

@@ -207,6 +207,16 @@ def test_curvature_bound_loss():
         CurvatureBoundRegularizedLoss(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("name", list(LOSSES)[1:])
+def test_warmup_scales_the_penalties_and_not_the_cross_entropy(model, name):
+    loss, (x, y) = LOSSES[name](model), batch(4)
+    full = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
+    loss.warmup_epochs = 2.0
+    for loss.epoch, share in ((1, 0.0), (2, 0.5), (3, 1.0), (4, 1.0)):
+        penalty = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
+        assert penalty == pytest.approx(share * full, rel=1e-9, abs=1e-12)
+
+
 def test_curvature_losses_refuse_a_network_without_beta_and_gamma():
     for loss in (CurvatureRegularizedLoss, CurvatureAndGradientRegularizedLoss):
         with pytest.raises(ValueError, match="resnet18lcnn"):
