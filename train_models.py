@@ -22,8 +22,8 @@ from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import ImageData, datasets, load_dataset
 from models.checkpoint import load_weights
 from models.layers import CenteredSoftplus
-from models.model_selector import add_architecture_flags, build_network, check_architecture_flags
-from models.outside import try_forward
+from models.model_selector import OUR_NETWORKS, add_architecture_flags, build_network, check_architecture_flags
+from models.outside import check_training, try_forward
 from regularized_loss import WEIGHTS, CELoss, regularizers
 from training.attacks import NORMS, PGD, adversarial_batches
 from training.epoch import (
@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     what.add_argument("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
     what.add_argument(
-        "--image-size", type=cli.image_size, help="resize to this, a multiple of 16 (default: 32; digits 16)"
+        "--image-size",
+        type=cli.positive_int,
+        help="resize to this, for ours a multiple of 16 (default: 32; digits 16)",
     )
 
     recipe = parser.add_argument_group("recipe")
@@ -87,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--augment", action=argparse.BooleanOptionalAction, default=True, help="random crops and flips (default: on)"
     )
     recipe.add_argument(
-        "--bn-momentum", type=cli.number(float, 0, 1, exclusive=True), default=0.1, help="of BatchNorm's statistics"
+        "--bn-momentum",
+        type=cli.number(float, 0, 1, exclusive=True),
+        help="of BatchNorm's statistics (default: the network's own; ours have 0.1)",
     )
     recipe.add_argument(
         "--calibrate-batchnorm",
@@ -164,9 +168,16 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
     torch.manual_seed(flags.prng_seed)
     num_classes = len(data.class_names)
     network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn, quiet=run.is_finished)
+    if (dtype := next(network.parameters(), torch.empty(0)).dtype) != torch.float32:
+        print(f"{flags.model_arch}: weights of {dtype} are trained in float32")
+        network.float()
     network = network.to(flags.device)
-    try_forward(network, to_pixels(data.train.images[:2]), num_classes, flags.model_arch)
-    set_batchnorm_momentum(network, flags.bn_momentum)
+    images = to_pixels(data.train.images[:2])
+    try_forward(network, images, num_classes, flags.model_arch)
+    if not isinstance(network, OUR_NETWORKS):
+        check_training(network, images, num_classes, flags.model_arch)
+    if flags.bn_momentum:
+        set_batchnorm_momentum(network, flags.bn_momentum)
     if run.saved:
         load_weights(network, run.saved["model"], run.path, flags.model_arch)
     elif flags.calibrate_batchnorm:

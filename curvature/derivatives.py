@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from curvature.folding import FoldedNetwork, Kept
 
@@ -63,7 +64,8 @@ def input_vector_jacobian_product(
     """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         at = images.detach().clone().requires_grad_()
-        logits = network(at.clone())  # a clone, for models that begin with something in place
+        # a clone, for models that begin with something in place; a dtype, for those with autocast inside
+        logits = network(at.clone()).to(at.dtype)
     (gradient,) = torch.autograd.grad(logits, at, cotangent(logits.detach()))
     return logits.detach(), gradient
 
@@ -74,9 +76,22 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}, but the model has {logits.shape[1]} classes")
 
 
+class LowestPrecision(TorchFunctionMode):
+    """Notes the coarsest ``eps`` of all that is computed: a model may have autocast inside."""
+
+    eps = 0.0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+
 class InputHessian(ABC):
     """The Hessian H of each example's loss with respect to its pixels, as an operator."""
 
+    eps: float = 0.0  # relative rounding of the products, where it is coarser than that of the images' dtype
     logits: Tensor  # (N, classes)
     loss: Tensor  # (N,) cross-entropies
     gradient: Tensor  # (N, ...) input gradients
@@ -101,9 +116,11 @@ class DoubleBackwardHessian(InputHessian):
 
     def _build_graph(self) -> None:
         self._at = self.images.detach().clone().requires_grad_()
-        # fused attention has no second derivative; a clone, for models that begin with something in place
+        # fused attention has no second derivative; clone and dtype as above
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            self._logits = self.model(self._at.clone())
+            with LowestPrecision() as precision:
+                self._logits = self.model(self._at.clone()).to(self._at.dtype)
+            self.eps = precision.eps
             check_labels(self.labels, self._logits)
             if not self._logits.requires_grad:
                 raise ValueError("the logits carry no gradient; remove any no_grad or detach from the model's forward")

@@ -100,7 +100,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     if k > dimension:
         raise ValueError(f"asked for {k} eigenvalues of a Hessian that has {dimension}")
     steps = min(num_iterations, dimension)
-    eps = torch.finfo(start.dtype).eps
+    eps = max(torch.finfo(start.dtype).eps, hessian.eps)
     record = Record(len(start), k, tol, start)
     basis = start.new_empty(len(start), min(steps, 16), dimension)  # row m is q_(m+1); grows when it is full
     tridiagonal = torch.zeros(len(start), 0, 0, dtype=torch.float64)

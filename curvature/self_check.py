@@ -75,7 +75,7 @@ def check_independent(model: nn.Module, images: Tensor, logits: Tensor, name: st
     alone = [forward(model, image, logits.shape[1], name) for image in images.split(1)]
     # another batch size may mean another algorithm, which in low precision rounds differently from RTOL on
     tf32 = images.is_cuda and images.dtype == torch.float32  # convolutions on a GPU, unless the user has forbidden it
-    rtol = max(RTOL, 16 * (TF32_EPS if tf32 else torch.finfo(images.dtype).eps))
+    rtol = max(RTOL, 16 * (TF32_EPS if tf32 else torch.finfo(logits.dtype).eps))
     if not same(logits, torch.cat(alone), rtol):
         layer = first_difference(record_calls(model, images[:2]), record_calls(model, images[:1]), rtol)
         raise UserError(
@@ -101,9 +101,8 @@ def check_differentiable(model: nn.Module, images: Tensor, num_classes: int, nam
                 # not grad(), which leaves out in silence what comes through a once_differentiable function
                 gradient.sum().backward()
         except Exception as error:
-            raise UserError(
-                f"{name}: cannot be differentiated twice ({one_line(error)}); use layers that can"
-            ) from error
+            remedy = "leave torch.compile out of it" if "was compiled" in str(error) else "use layers that can"
+            raise UserError(f"{name}: cannot be differentiated twice ({one_line(error)}); {remedy}") from error
     if gradient is None or not gradient.any():
         raise UserError(
             f"{name}: its logits do not depend differentiably on the pixels; "

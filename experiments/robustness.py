@@ -76,7 +76,7 @@ def strongest(
     That is a misclassified one if there is one (the image itself if it is), else that of largest loss.
     """
     worst = images.clone()
-    logits = network(images.clone())  # a clone, as the model may work in place
+    logits = network(images.clone()).to(images.dtype)  # a clone, as the model may work in place
     largest = cross_entropy(logits, labels)
     rows = (logits.argmax(dim=1) == labels).nonzero()[:, 0]  # those still standing
     for _, step in product(range(restarts), range(attack.steps + 1)):
@@ -181,7 +181,7 @@ def examine(
         withstands. AutoAttack is tried on what PGD left standing, and its columns tell of both.
     """
     with torch.no_grad():
-        logits = network(images.clone())  # a clone, as the model may work in place
+        logits = network(images.clone()).to(images.dtype)  # a clone, as the model may work in place
     columns = {"predicted": logits.argmax(dim=1), "loss": cross_entropy(logits, labels)}
     deltas = distinct(flags.deltas)
     for quantity in STABILITY if deltas else ():

@@ -164,7 +164,8 @@ def _converted(layer: nn.Module, calls: list[Call], enabled: dict[str, bool], ti
             return f"{part}=False"
         if not calls:
             return "not called on the example"
-        if is_parametrized(layer):
+        computed = isinstance(getattr(layer, "weight", None), Tensor) and "weight" not in layer._parameters
+        if is_parametrized(layer) or computed:  # by hooks: the older weight_norm and spectral_norm
             return "parametrized already"
         if tied:
             return "shares its weights with another module"

@@ -45,7 +45,7 @@ def build_network(model_arch: str, num_classes: int, image_size: int, lcnn=False
         UserError: if the callable cannot be found, fails, or returns no network.
     """
     if is_outside(model_arch):
-        return build_outside_network(model_arch, num_classes, image_size if lcnn else None, quiet)
+        return build_outside_network(model_arch, num_classes, image_size, lcnn, quiet)
     model = model_architecture[model_arch](num_classes, image_size)
     return model.to(memory_format=torch.channels_last)  # convolutions are fastest in this layout
 
@@ -75,6 +75,11 @@ def add_architecture_flags(group, default: str | None = None, remark: str = "") 
 
 
 def check_architecture_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError if --lcnn is given with an architecture of ours, or with none."""
+    """Raise UsageError if --lcnn or --image-size does not go with the architecture."""
+    if flags.model_arch in model_architecture and (flags.image_size or 16) % 16:
+        remedy = "or name a network of your own, package.module:callable"
+        raise UsageError(
+            f"--image-size {flags.image_size}: {flags.model_arch} needs a multiple of 16; give one, {remedy}"
+        )
     if flags.lcnn and not is_outside(flags.model_arch):
         raise UsageError("--lcnn is for --model-arch package.module:callable; ours are named, such as resnet18lcnn")

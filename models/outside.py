@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from models.conversion import low_curvature
 from utils.errors import UsageError, UserError, one_line
@@ -76,20 +78,45 @@ def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
         return builder()  # or it hands its keywords on to something that has no num_classes
 
 
-def build_outside_network(model_arch: str, num_classes: int, lcnn_size: int | None = None, quiet=False) -> nn.Module:
-    """The network that package.module:callable returns, in eval mode.
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """What a module of the user's sets when it is imported, for its own scripts, is put back."""
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:  # merely to set it slows every later call
+            torch.set_default_device(device)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The network without torch.compile, which cannot be differentiated twice; its parts likewise."""
+    for module in list(model.modules()):
+        module._compiled_call_impl = None  # of module.compile()
+        for name, child in module._modules.items():
+            module._modules[name] = getattr(child, "_orig_mod", child)
+    return getattr(model, "_orig_mod", model)
+
+
+def build_outside_network(
+    model_arch: str, num_classes: int, image_size: int, lcnn: bool = False, quiet: bool = False
+) -> nn.Module:
+    """The network that package.module:callable returns, in eval mode and not compiled, its lazy layers initialized.
 
     Args:
         model_arch: the module is installed, or a file in the current directory.
         num_classes: passed to the callable if it takes it.
-        lcnn_size: height of the images for which the network is made low-curvature; None leaves it as it is.
+        image_size: height of the images, for lazy layers and for lcnn.
+        lcnn: make the network low-curvature.
         quiet: do not print what that replaced.
 
     Raises:
         UsageError: if model_arch names nothing that can be called, or that returns no nn.Module.
         UserError: if the callable, or making its network low-curvature, fails.
     """
-    with users_modules():
+    with users_modules(), torch_settings_kept():
         builder = import_callable(model_arch)
         try:
             model = call_with_num_classes(builder, num_classes)
@@ -97,16 +124,25 @@ def build_outside_network(model_arch: str, num_classes: int, lcnn_size: int | No
             raise UserError(f"{model_arch}: failed to build the model ({one_line(error)}); mend it") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
-    if lcnn_size:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"{model_arch}: returns TorchScript, which cannot be trained or measured; return the model itself"
+        )
+    model = uncompiled(model).eval()
+    if lcnn or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        example = torch.zeros(1, 3, image_size, image_size, dtype=like.dtype, device=like.device)
+        with torch.no_grad():  # old weight_norm computes its weight here: one that carries no gradient can be copied
+            forward(model, example, None, model_arch)
+    if lcnn:
         try:
-            model, report = low_curvature(model, like.new_zeros(1, 3, lcnn_size, lcnn_size))
+            model, report = low_curvature(model, example)
         except Exception as error:  # the model's own code runs here
             message = f"{model_arch}: cannot be made low-curvature ({one_line(error)}); leave --lcnn out"
             raise UserError(message) from error
         if not quiet:
             print(f"{model_arch}, made low-curvature:\n{report}")
-    return model.eval()
+    return model
 
 
 def try_forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
@@ -115,20 +151,63 @@ def try_forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -
         forward(model, images, num_classes, name)
 
 
-def forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> Tensor:
+def check_training(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
+    """Refuse a network that cannot be trained, before the first epoch; it is left as it was, in eval mode.
+
+    In training mode it must give one tensor, with a gradient. Its state must survive a save and a load.
+
+    Args:
+        images: (N, 3, H, W) pixels, two or more for BatchNorm.
+
+    Raises:
+        UserError: naming the model, what is wrong and the remedy.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{name}: nothing is trainable; set requires_grad of the parameters that are to be trained")
+    file = io.BytesIO()
+    try:
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, map_location=images.device, weights_only=True)
+    except Exception as error:
+        problem = f"its state cannot be saved and loaded ({type(error).__name__})"
+        raise UserError(f"{name}: {problem}; keep plain numbers, text and tensors in it") from error
+    try:
+        logits = forward(model.train(), images, num_classes, name)
+        if not logits.requires_grad:
+            raise UserError(f"{name}: gives logits without gradient in training; remove any no_grad or detach")
+    finally:
+        try:
+            model.eval().load_state_dict(state)  # the statistics as they were
+        except Exception as error:
+            problem = f"its state cannot be loaded again ({one_line(error)})"
+            raise UserError(f"{name}: {problem}; mend its state_dict or load_state_dict") from error
+
+
+def forward(model: nn.Module, images: Tensor, num_classes: int | None, name: str) -> Tensor:
     """The logits (N, num_classes) of the images, copied as a model may change its input in place.
+
+    Args:
+        num_classes: None if it is not to be checked yet.
 
     Raises:
         UserError: if the model fails or returns anything else.
     """
+    mode = " in training mode" if model.training else ""
     shape, expected = tuple(images.shape), (len(images), num_classes)
     try:
         logits = model(images.clone())
     except Exception as error:  # the user's code may raise anything
-        message = f"{name}: fails on images of shape {shape} ({one_line(error)}); mend it or give images of its size"
-        raise UserError(message) from error
+        message = f"{name}: fails on images of shape {shape}{mode} ({one_line(error)})"
+        raise UserError(f"{message}; mend it or give images of its size") from error
+    if isinstance(logits, (tuple, list, dict)):
+        number = f"{len(logits)} output{'s' if len(logits) > 1 else ''}"
+        what = f"{number} in a {type(logits).__name__}{mode}"
+        raise UserError(f"{name}: gives {what}; return one tensor, the logits, in training and in eval mode")
     if not isinstance(logits, Tensor):
-        raise UserError(f"{name}: gives a {type(logits).__name__}; return the tensor of logits alone")
+        raise UserError(f"{name}: gives a {type(logits).__name__}{mode}; return the tensor of logits alone")
+    if num_classes is None:
+        return logits
     found = tuple(logits.shape)
     if found != expected and logits.ndim == 2 and len(logits) == len(images):
         sizes = f"{found[1]} logits, the data set has {num_classes} classes"

@@ -208,6 +208,7 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
     """Say in one line why another project's network could not be trained.
 
     A mistake in regularized_loss.py keeps its traceback, for its author, and so does all that goes wrong with ours.
+    What autograd refuses there is the network's fault: a layer that cannot be differentiated twice.
     """
     name = type(loss).__name__
     try:
@@ -216,8 +217,10 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
         remedy = f"a smaller --lr may help, or look at how {name} computes it"
         raise UserError(f"epoch {epoch}, {error}; what was saved before it stays; {remedy}") from None
     except Exception as error:  # the user's own code may raise anything
-        last = traceback.extract_tb(error.__traceback__)[-1].filename
-        in_the_loss = not isinstance(error, RuntimeError) and Path(last).name == "regularized_loss.py"
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        last = max(i for i, file in enumerate(files) if Path(torch.__file__).parent not in file.parents)
+        in_autograd = [file.parent.name for file in files[last + 1 :]][:1] == ["autograd"]
+        in_the_loss = files[last].name == "regularized_loss.py" and not in_autograd
         if isinstance(loss.model, OUR_NETWORKS) or in_the_loss:
             raise
         if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
@@ -227,6 +230,10 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
         remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
         if "deterministic" in str(error):
             remedy = "--no-strong-determinism-wanted may help"
+        elif "was compiled" in str(error):
+            remedy = "leave torch.compile out of it"
+        elif "used in the graph" in str(error):
+            remedy = "remove any no_grad or detach from its forward"
         raise UserError(f"{model_arch}: cannot be trained with {name} ({one_line(error)}); {remedy}") from error
 
 
@@ -248,7 +255,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
 def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:
     """Set how much of each batch enters the running statistics; short low-curvature runs need more than 0.1."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = momentum
 
 

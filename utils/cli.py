@@ -60,13 +60,6 @@ nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
 
 
-def image_size(text: str) -> int:
-    """An argparse type: height and width of images for our networks, in pixels."""
-    if (size := positive_int(text)) % 16:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 16, not {text}")
-    return size
-
-
 def pixel_distance(text: str) -> float:
     """An argparse type: a positive number, or a fraction such as 8/255.
 

@@ -8,6 +8,7 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
 from utils.errors import UsageError
@@ -31,7 +32,8 @@ def training_settings(precision: str = "fp32", deterministic: bool = True) -> It
         precision: with "tf32", matrix products and convolutions read their float32 inputs to 10 bits.
         deterministic: forbid operations whose result can differ between runs.
     """
-    with tf32_allowed(precision == "tf32"), determinism(deterministic), denormals_flushed():
+    attention = sdpa_kernel(SDPBackend.MATH)  # as it is measured; fused attention cannot be differentiated twice
+    with tf32_allowed(precision == "tf32"), determinism(deterministic), denormals_flushed(), attention:
         yield
 
 
