@@ -191,14 +191,14 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
     try:
         if flags.beta_weight_decay and not any(isinstance(m, CenteredSoftplus) for m in network.modules()):
             raise ValueError("--beta-weight-decay needs a network with trainable beta: ...softplus, ...lcnn, or --lcnn")
+        if flags.precision == "bf16":
+            autocast_to_bfloat16(network, flags.device.type)  # before the loss makes copies of it
         loss = regularizers[flags.regularizer](network, flags)
     except ValueError as error:
         raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
     if not isinstance(loss, CELoss):
         raise UsageError(f"--regularizer {flags.regularizer}: {type(loss).__name__} must extend CELoss to be trained")
     loss.warmup_epochs = flags.reg_warmup
-    if flags.precision == "bf16":
-        autocast_to_bfloat16(network, flags.device.type)
     return loss.to(flags.device)
 
 

@@ -55,6 +55,17 @@ def test_what_is_evaluated_is_evaluated_in_float32(models):
         assert torch.equal(model.eval()(images), half.eval()(images))
 
 
+def test_a_copy_computes_with_its_own_weights(models):
+    model, half = models
+    images, _ = batch()
+    copied, expected = copy.deepcopy(half).eval(), half.eval()(images)
+    with torch.no_grad():
+        for tensor in (*half.parameters(), *half.buffers()):
+            tensor.zero_()
+    assert torch.equal(copied(x=images), expected)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+
+
 def test_gradients_are_float32_and_near_those_in_float64():
     torch.manual_seed(0)
     half = ResNet(LCNN, (1, 1, 1, 1), 10, 16)

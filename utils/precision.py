@@ -2,12 +2,12 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import wraps
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -101,21 +101,27 @@ def float32_proper() -> Iterator[None]:
 
 
 def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
-    """Wrap the model's forward: (N, ...) -> float32 logits, computed in bfloat16 wherever gradients are recorded.
+    """Wrap the model's forward: it returns float32 logits, computed in bfloat16 wherever gradients are recorded.
 
     Weights, losses, penalties and spectral norms stay in float32, and so does what is evaluated without gradients.
     """
-    forward = model.forward
-
-    @wraps(forward)
-    def autocast_forward(x: Tensor) -> Tensor:
-        # without the cache of cast weights: each is used once
-        with torch.autocast(device_type, torch.bfloat16, enabled=torch.is_grad_enabled(), cache_enabled=False):
-            logits = forward(x)
-        return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-    model.forward = autocast_forward
+    model.forward = partial(forward_in_bfloat16, model.forward, device_type)
     for module in model.modules():  # torch's spectral_norm
         for parametrizations in module.parametrizations.values() if is_parametrized(module) else ():
             for parametrization in parametrizations:
-                parametrization.forward = torch.autocast(device_type, enabled=False)(parametrization.forward)
+                parametrization.forward = partial(forward_in_float32, parametrization.forward, device_type)
+
+
+# A partial of a bound method, unlike a closure, is copied with its module: copy.deepcopy(model) runs its own weights.
+def forward_in_bfloat16(forward: Callable, device_type: str, *inputs, **keywords):
+    """forward(*inputs, **keywords) under autocast, if gradients are recorded; logits in bfloat16 become float32."""
+    # without the cache of cast weights: each is used once
+    with torch.autocast(device_type, torch.bfloat16, enabled=torch.is_grad_enabled(), cache_enabled=False):
+        logits = forward(*inputs, **keywords)
+    return logits.float() if getattr(logits, "dtype", None) == torch.bfloat16 else logits
+
+
+def forward_in_float32(forward: Callable, device_type: str, *inputs):
+    """forward(*inputs) without autocast."""
+    with torch.autocast(device_type, enabled=False):
+        return forward(*inputs)
