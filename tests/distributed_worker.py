@@ -20,6 +20,22 @@ from utils import distributed
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
 
 
+class UnfreezingLoss(CELoss):
+    """The first step trains the classifier, later ones the rest; ``offset`` counts on processes that have a label 0."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.offset = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.steps = 0
+
+    def compute_loss(self, input, target):
+        self.model.requires_grad_(self.steps > 0)
+        self.model.classifier.requires_grad_(self.steps == 0)
+        self.steps += 1
+        raw_loss = super().compute_loss(input, target)
+        return raw_loss + self.offset * (target == 0).sum() / len(target) if (target == 0).any() else raw_loss
+
+
 def gradients_of_every_loss(path: str) -> None:
     """Save to ``path``, by regularizer and batch, the gradients of batches of 7 and 2 examples in float64 in eval."""
     torch.manual_seed(0)
@@ -34,12 +50,13 @@ def gradients_of_every_loss(path: str) -> None:
     found = {}
     with distributed.process_group():
         rank, world_size = distributed.rank(), distributed.world_size()
-        for name, make in regularizers.items():
+        for name, make in {**regularizers, "unfreezing": lambda model, flags: UnfreezingLoss(model)}.items():
             gradients = TrainingStep(make(model, WEIGHTS))
             for batch in training_batches(split, 7, 0, 1, rank=rank, world_size=world_size):
-                model.zero_grad()
-                gradients(batch.images.double(), batch.labels, batch.share * world_size)
-                found[f"{name} {batch.size}"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+                gradients.loss.zero_grad()
+                gradients(batch.images.double(), batch.labels, batch.share)
+                grads = {n: p.grad.clone() for n, p in gradients.loss.named_parameters() if p.grad is not None}
+                found[f"{name} {batch.size}"] = grads
         if rank == 0:
             torch.save(found, path)
 

@@ -55,8 +55,9 @@ def test_gradients_of_every_loss_are_those_of_one_process(tmp_path):
     for processes in (2, 3):
         finish(launch(processes, WORKER, "gradients", tmp_path / f"{processes}.pt"))
     one, two, three = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2, 3))
-    assert len(one) == 12
+    assert len(one) == 14
     for name, gradients in one.items():
+        assert gradients.keys() == two[name].keys() == three[name].keys()
         largest = max(gradient.abs().max() for gradient in gradients.values())
         assert largest > 1e-3
         for parameter, gradient in gradients.items():

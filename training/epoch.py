@@ -13,7 +13,7 @@ from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import OUR_NETWORKS
 from regularized_loss import CELoss
-from training.parallel import average_statistics, data_parallel, equalize_buffers
+from training.parallel import average_statistics, equalize, sum_gradients
 from utils import distributed
 from utils.errors import UserError, one_line
 
@@ -81,22 +81,25 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
 
 
 class TrainingStep:
-    """step(images, labels, weight) computes the loss of a batch, and adds weight times its gradient to every grad.
+    """step(images, labels, weight) computes the loss of a batch, and the gradient of weight times it into every grad.
 
     compute_loss takes the input gradient with create_graph: one backward pass gives the gradient of loss and penalty.
+    The gradients, which must be None before, are summed over the processes, whose state starts as the first one's.
     The step returns ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
 
     def __init__(self, loss: CELoss):
-        self.loss, self.parallel_loss = loss, data_parallel(loss)
+        equalize(loss)
+        self.loss = loss
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
-        total = self.parallel_loss(images, labels)
+        total = self.loss(images, labels)
         self.check_total(total)
         terms = self.loss.terms
         self.check_terms(terms)
         (total * weight).backward()
+        sum_gradients(self.loss)
         return {"train_loss": total.detach(), **terms}
 
     def check_total(self, total: Tensor) -> None:
@@ -138,7 +141,7 @@ class FiniteSteps:
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
-        self.parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        self.parameters = list(loss.parameters())
         self.optimizer, self.step = optimizer, 0
         self.bad: Tensor | None = None
 
@@ -186,19 +189,19 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
     for images, labels, size, share in batches:
         optimizer.zero_grad(set_to_none=True)
         try:
-            terms = step(images, labels, share * distributed.world_size())
+            terms = step(images, labels, share)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UserError("BatchNorm cannot be trained on one example of this size; raise --batch-size") from None
             raise
         finite.check(terms)
-        optimizer.step()
-        average_statistics(model, share)
-        for name, term in terms.items():
+        for name, term in terms.items():  # before the step changes terms that are parameters
             sums[name] = sums.get(name, 0.0) + term * (share * size)
+        optimizer.step()
+        average_statistics(loss, share)
         num_examples += size
     finite.raise_if_bad()
-    equalize_buffers(loss)
+    equalize(loss, average=True)
     means = distributed.summed([float(value) / num_examples for value in sums.values()])
     return dict(zip(sums, means, strict=True))
 

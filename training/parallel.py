@@ -1,52 +1,70 @@
-"""Training on several processes: gradients and running statistics of the whole batch."""
+"""Training on several processes: gradients, running statistics and the loss's state, the same on all of them."""
 
-import warnings
+from itertools import chain
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from models.model_selector import OUR_NETWORKS
 from utils.distributed import world_size
 
 
-def data_parallel(loss: nn.Module) -> nn.Module:
-    """The loss; with several processes one whose backward pass averages the gradients over them.
+@torch.no_grad()
+def sum_gradients(loss: nn.Module) -> None:
+    """Each gradient becomes its sum over the processes. A parameter that has none on any of them keeps none.
 
-    The parameters and buffers of all processes become the first one's. Because the loss is wrapped, not the network,
-    compute_loss may apply that more than once.
+    DistributedDataParallel would leave out what requires a gradient only later, but a loss may freeze and unfreeze
+    parameters at any step.
     """
     if world_size() == 1:
-        return loss
-    equalize_buffers(loss)
-    # ours use every parameter in every step; to look for unused ones takes time
-    own = len(list(loss.parameters())) - len(list(loss.model.parameters()))
-    find_unused = own > 0 or not isinstance(loss.model, OUR_NETWORKS)
-    with warnings.catch_warnings():  # newer versions of torch call broadcast_buffers forward_sync_buffers
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(
-            loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused
-        )
+        return
+    parameters = list(loss.parameters())
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)  # on the CPU: no GPU has to wait
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    parameters = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    sum_together([parameter.grad for parameter in parameters])
 
 
 @torch.no_grad()
-def average_statistics(model: nn.Module, share: float) -> None:
-    """Average the running statistics of every BatchNorm over the processes, weighted by their shares of the batch."""
+def average_statistics(loss: nn.Module, share: float) -> None:
+    """Average the running statistics of every BatchNorm in training mode over the processes, weighted by their shares
+    of the batch."""
     if world_size() == 1:
         return
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    if not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics]) * share
-    dist.all_reduce(flat)
-    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    norms = [m for m in loss.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    statistics = [buffer for m in norms if m.training for buffer in (m.running_mean, m.running_var)]
+    for buffer in statistics:
+        buffer *= share
+    sum_together(statistics)
+
+
+def sum_together(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its sum over the processes, all of them sent at once."""
+    if tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 @torch.no_grad()
-def equalize_buffers(loss: nn.Module) -> None:
-    """Every buffer becomes the first process's: what each computed from the same numbers may differ by a rounding."""
-    if world_size() > 1:
-        for buffer in loss.buffers():
-            dist.broadcast(buffer, 0)
+def equalize(loss: nn.Module, average: bool = False) -> None:
+    """Every parameter and buffer becomes the first process's, or, with ``average``, the mean over the processes.
+
+    The mean is for what each process computed from its own part of the batches, a running mean say. What is equal on
+    all processes keeps its bits. Integers, such as counters, become the first process's in either case.
+    """
+    if world_size() == 1:
+        return
+    for tensor in chain(loss.parameters(), loss.buffers()):
+        new = tensor.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(new, 0)
+        if average and tensor.is_floating_point():
+            difference = torch.where(tensor == new, 0, tensor - new)  # 0 of equal infinities, too
+            dist.all_reduce(difference)
+            new += difference / world_size()
+        if not torch.equal(tensor, new):
+            tensor.copy_(new)
