@@ -2,13 +2,16 @@
 
 This is the file to edit for an experiment. A loss is an ``nn.Module`` that extends ``CELoss``. Its
 ``compute_loss(input, target)`` returns the scalar to minimize, and sets ``self.metadata`` to the unweighted terms that
-are logged: the columns of the metrics file. It may own parameters, which are trained, and buffers; both are saved and
-resumed. Before each epoch the trainer sets ``self.epoch``, counted from 1, and ``self.num_epochs``. ``self.ramp`` is
-what --reg-warmup multiplies the weights of penalties by.
+are logged: the columns of the metrics file. It may own parameters, which are trained, buffers and networks. All are
+saved and resumed; what plain attributes hold is not. Before each epoch the trainer sets ``self.epoch``, counted
+from 1, and ``self.num_epochs``. ``self.ramp`` is what --reg-warmup multiplies the weights of penalties by.
 
 At the end of this file, one line in ``WEIGHTS`` makes a flag of a weight, and one line in ``regularizers`` gives a loss
 its name on the command line. The README's section "Writing your own loss" has a complete example.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +97,10 @@ class CELoss(nn.Module):
         self.warmup_epochs = 0.0  # and this once, from --reg-warmup
 
     @property
-    def metadata(self) -> dict[str, float]:
+    def metadata(self) -> Mapping[str, float]:
         """The unweighted terms of the last compute_loss, as floats. Reading it waits for the device; setting it to
-        tensors does not."""
-        return {name: term.item() for name, term in self.terms.items()}
+        tensors does not. What is read cannot be written to: set the whole dict."""
+        return MappingProxyType({name: term.item() for name, term in self.terms.items()})
 
     @metadata.setter
     def metadata(self, terms: dict[str, Tensor | float]) -> None:
@@ -109,7 +112,7 @@ class CELoss(nn.Module):
         return min(1.0, (self.epoch - 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """``compute_loss``: DistributedDataParallel, which wraps the loss, calls this."""
+        """``compute_loss``, as ``nn.Module`` calls it."""
         return self.compute_loss(input, target)
 
     def losses(self, input: Tensor, target: Tensor) -> Tensor:

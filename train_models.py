@@ -36,6 +36,7 @@ from training.epoch import (
     load_optimizer_state,
     set_batchnorm_momentum,
     train_epoch,
+    unregistered,
 )
 from training.report import count_parameters, format_metrics, plot_training
 from training.run_files import Run, check_same_data, open_run
@@ -196,8 +197,12 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
         loss = regularizers[flags.regularizer](network, flags)
     except ValueError as error:
         raise UsageError(f"--regularizer {flags.regularizer} --model-arch {flags.model_arch}: {error}") from error
+    name = f"--regularizer {flags.regularizer}: {type(loss).__name__}"
     if not isinstance(loss, CELoss):
-        raise UsageError(f"--regularizer {flags.regularizer}: {type(loss).__name__} must extend CELoss to be trained")
+        raise UsageError(f"{name} must extend CELoss to be trained")
+    if hidden := unregistered(loss):
+        remedy = "use nn.Parameter or nn.ParameterList for tensors, a submodule or nn.ModuleList for networks"
+        raise UsageError(f"{name} would neither train nor save {hidden[0]}; {remedy}")
     loss.warmup_epochs = flags.reg_warmup
     return loss.to(flags.device)
 

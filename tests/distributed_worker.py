@@ -96,10 +96,23 @@ def step_that_is_bad_on_the_last() -> None:
             sys.stderr.write(str(error))
 
 
+def train_with_losses_of_others(folder: str, photographs: str) -> None:
+    """Train with each of tests/test_cases_losses.py's; save the state each ends with to folder/loss/rank.pt."""
+    from tests.test_cases_losses import LOSSES, train_whole_and_broken
+
+    with distributed.process_group():
+        for make in LOSSES:
+            own = Path(folder) / make.__name__
+            loss = train_whole_and_broken(make, photographs, own)
+            torch.save(loss.state_dict(), own / f"{distributed.rank()}.pt")
+
+
 if __name__ == "__main__":
     task, *rest = sys.argv[1:]
     if task == "gradients":
         gradients_of_every_loss(*rest)
+    elif task == "losses":
+        train_with_losses_of_others(*rest)
     elif task == "finite":
         step_that_is_bad_on_the_last()
     else:

@@ -1,9 +1,11 @@
 """One epoch of training: the optimizer, the training step, evaluation, and BatchNorm's first statistics."""
 
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,40 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in (first, second))
 
 
+def unregistered(loss: CELoss) -> list[str]:
+    """Where a loss keeps modules, or tensors that require a gradient, that nn.Module does not know as its own.
+
+    They would be neither trained nor saved. Lists, dicts and plain objects are looked into; the network is not.
+    """
+    internal = vars(nn.Module()).keys()
+    own = {name: m for name, m in loss.named_modules() if name.split(".")[0] != "model"}
+    todo = [
+        (f"{prefix}.{name}".lstrip("."), value)
+        for prefix, module in own.items()
+        for name, value in (vars(module) | module._buffers).items()
+        if name not in internal
+    ]
+    seen = {id(known) for known in (*loss.parameters(), *loss.modules())}
+    found = []
+    while todo:
+        name, value = todo.pop()
+        if id(value) in seen or isinstance(value, (type, ModuleType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            # what a submodule computed from its parameters, as the old weight_norm does, is no leaf
+            found += [name] if value.requires_grad and (value.is_leaf or "." not in name) else []
+        elif isinstance(value, nn.Module):
+            found.append(name)
+        elif isinstance(value, dict):
+            todo += [(f"{name}[{key!r}]", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple, set, deque)):
+            todo += [(f"{name}[{i}]", item) for i, item in enumerate(value)]
+        elif hasattr(value, "__dict__"):
+            todo += [(f"{name}.{key}", item) for key, item in vars(value).items()]
+    return sorted(found)
+
+
 class TrainingStep:
     """step(images, labels, weight) computes the loss of a batch, and the gradient of weight times it into every grad.
 
@@ -90,16 +126,20 @@ class TrainingStep:
 
     def __init__(self, loss: CELoss):
         equalize(loss)
-        self.loss = loss
+        self.loss, self.keys = loss, loss.state_dict().keys()
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
         total = self.loss(images, labels)
         self.check_total(total)
+        if self.names is None:
+            self.check_state()
         terms = self.loss.terms
         self.check_terms(terms)
         (total * weight).backward()
         sum_gradients(self.loss)
+        if all(parameter.grad is None for parameter in self.loss.parameters()):
+            self.refuse_total("a tensor that depends on no parameter")
         return {"train_loss": total.detach(), **terms}
 
     def check_total(self, total: Tensor) -> None:
@@ -112,8 +152,18 @@ class TrainingStep:
             problem = "a tensor without gradient"
         else:
             return
+        self.refuse_total(problem)
+
+    def refuse_total(self, problem: str) -> None:
         remedy = "return a scalar tensor computed from the network's output"
         raise UserError(f"{type(self.loss).__name__}.compute_loss returned {problem}; {remedy}")
+
+    def check_state(self) -> None:
+        """Raise UserError if the first step made state of the loss: the optimizer and --resume would not know it."""
+        created = [key for key in self.loss.state_dict().keys() - self.keys if not key.startswith("model.")]
+        if created:
+            problem = f"{type(self.loss).__name__}.compute_loss creates {min(created)}"
+            raise UserError(f"{problem}, which would be neither trained nor resumed; create it in the constructor")
 
     def check_terms(self, terms: dict[str, Tensor]) -> None:
         """Raise UserError unless the terms can be columns of the metrics: scalars, the same in every step."""
