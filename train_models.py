@@ -42,6 +42,7 @@ from training.report import count_parameters, format_metrics, plot_training
 from training.run_files import Run, check_same_data, open_run
 from utils import cli, distributed
 from utils.errors import UsageError, UserError, one_line
+from utils.numerics import seed_everything
 from utils.precision import PRECISIONS, autocast_to_bfloat16, check_precision, training_settings
 from utils.progress import progress
 
@@ -165,8 +166,8 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
 
 
 def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) -> nn.Module:
-    """The network to train, on its device, with its first weights, or those of the run that goes on."""
-    torch.manual_seed(flags.prng_seed)
+    """The network to train, on its device, with its first weights, from which the loss may keep what it likes."""
+    seed_everything(flags.prng_seed)
     num_classes = len(data.class_names)
     network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn, quiet=run.is_finished)
     if (dtype := next(network.parameters(), torch.empty(0)).dtype) != torch.float32:
@@ -179,9 +180,7 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
         check_training(network, images, num_classes, flags.model_arch)
     if flags.bn_momentum:
         set_batchnorm_momentum(network, flags.bn_momentum)
-    if run.saved:
-        load_weights(network, run.saved["model"], run.path, flags.model_arch)
-    elif flags.calibrate_batchnorm:
+    if flags.calibrate_batchnorm:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(flags.prng_seed))
         calibrate_batchnorm(network, to_pixels(data.train.images[order[:CALIBRATION_IMAGES].to(flags.device)]))
     return network
@@ -203,7 +202,9 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
     if hidden := unregistered(loss):
         remedy = "use nn.Parameter or nn.ParameterList for tensors, a submodule or nn.ModuleList for networks"
         raise UsageError(f"{name} would neither train nor save {hidden[0]}; {remedy}")
-    loss.warmup_epochs = flags.reg_warmup
+    for part in loss.modules():
+        if isinstance(part, CELoss):
+            part.warmup_epochs = flags.reg_warmup
     return loss.to(flags.device)
 
 
@@ -244,9 +245,10 @@ def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss)
 
 
 def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
-    """Put back what the run that goes on has saved beside the network; returns its metrics, one dict per epoch."""
+    """Put back what the run that goes on has saved; returns its metrics, one dict per epoch."""
     if not run.saved:
         return []
+    load_weights(loss.model, run.saved["model"], run.path, run.saved["model_arch"])
     own = run.saved.get("loss", {})
     try:
         loss.load_state_dict(loss.state_dict() | own, strict=True)
@@ -282,9 +284,11 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every training image once, and evaluate on the test images; returns a row of the metrics."""
     loss, world_size = step.loss, distributed.world_size()
-    loss.epoch, loss.num_epochs = epoch, flags.num_epochs
+    for part in loss.modules():
+        if isinstance(part, CELoss):  # a loss may be made of others
+            part.epoch, part.num_epochs = epoch, flags.num_epochs
     # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
-    torch.manual_seed(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
+    seed_everything(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
     lr = learning_rate(flags.lr, epoch, flags.num_epochs)
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,10 +1,12 @@
 """Losses as people write them: what one may own is trained, saved and resumed, by one process and by several."""
 
 import copy
+import random
 import weakref
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from regularized_loss import CELoss, gradnorm_penalty, regularizers, with_input_
 from tests.test_command_line import states_equal
 from tests.test_distributed import WORKER, finish, launch
 from training.epoch import TrainingStep, build_optimizer, train_epoch, unregistered
+from training.report import count_parameters
 
 
 def network(num_classes: int, input_size: int) -> nn.Module:
@@ -40,6 +43,21 @@ class UncertaintyLoss(CELoss):
         s, weight = self.log_vars, 1e-3 * min(1, 2 * self.epoch / self.num_epochs)
         self.metadata = {"raw_loss": raw_loss, "gradnorm": gradnorm, "s0": s[0], "weight": weight}
         return (-s[0]).exp() * raw_loss + s[0] + (-s[1]).exp() * weight * gradnorm + s[1]
+
+
+class CombinedLoss(CELoss):
+    """Another loss, with its schedule, and the distance to the network's first weights."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.part = UncertaintyLoss(model)
+        self.first = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def compute_loss(self, input, target):
+        total = self.part.compute_loss(input, target)
+        distance = sum((p - f).square().sum() for p, f in zip(self.model.parameters(), self.first, strict=True))
+        self.metadata = {**self.part.metadata, "distance": distance}
+        return total + 0.1 * distance
 
 
 class ClassWeightLoss(CELoss):
@@ -84,7 +102,7 @@ class AverageLoss(CELoss):
         self.head = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 2))
 
     def compute_loss(self, input, target):
-        input = torch.lerp(input, input.flip(0), torch.rand(()))
+        input = torch.lerp(input, input.flip(0), np.random.beta(0.5, 0.5) * random.random())
         logits = self.model(input)
         with torch.no_grad():
             for own, new in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
@@ -113,7 +131,7 @@ class LoggedLoss(CELoss):
         return raw_loss
 
 
-LOSSES = [UncertaintyLoss, ClassWeightLoss, TeacherLoss, AverageLoss, UnfreezingLoss, LoggedLoss]
+LOSSES = [UncertaintyLoss, CombinedLoss, ClassWeightLoss, TeacherLoss, AverageLoss, UnfreezingLoss, LoggedLoss]
 NAME = "resnet18_gnorm_imagefolder.pt"
 
 
@@ -155,23 +173,25 @@ def checkpoint_of_both(folder: Path) -> dict:
 
 @pytest.mark.parametrize("make", LOSSES)
 def test_a_resumed_run_is_bit_identical(make, photographs, tmp_path):
-    model = train_whole_and_broken(make, photographs, tmp_path).model
+    loss = train_whole_and_broken(make, photographs, tmp_path)
+    model = loss.model
     found = checkpoint_of_both(tmp_path)
     own, rows = found["loss"], found["metrics"]
     torch.manual_seed(1729)
     first = network(2, 16).state_dict()
-    if make is UncertaintyLoss:
-        assert own["log_vars.0"] * own["log_vars.1"] != 0
+    if make in (UncertaintyLoss, CombinedLoss):
+        prefix = "part." if make is CombinedLoss else ""
+        assert own[f"{prefix}log_vars.0"] * own[f"{prefix}log_vars.1"] != 0
         assert [row["weight"] for row in rows] == pytest.approx([1e-3 * 2 / 3, 1e-3, 1e-3])
     elif make is ClassWeightLoss:
         assert own["seen"].tolist() == [36, 36]  # 12 images, 3 epochs
         assert own["steps"] == 9
     elif make is TeacherLoss:
         assert all(torch.equal(value, own[f"teacher.{name}"]) for name, value in first.items())
+        assert "of the loss" not in count_parameters(loss)  # none is trained
     elif make is AverageLoss:
-        distances = [
-            (model.head.weight - weight).norm() for weight in (own["average.head.weight"], first["head.weight"])
-        ]
+        heads = own["average.head.weight"], first["head.weight"]
+        distances = [(model.head.weight - head).norm() for head in heads]
         assert 0 < distances[0] < distances[1] / 2
     elif make is UnfreezingLoss:
         assert not torch.equal(model.body[0].weight, first["body.0.weight"])

@@ -20,8 +20,7 @@ def format_metrics(row: dict[str, float]) -> str:
 
 def count_parameters(loss: nn.Module) -> str:
     """How many numbers are trained, in words."""
-    total = sum(parameter.numel() for parameter in loss.parameters())
-    of_model = sum(parameter.numel() for parameter in loss.model.parameters())
+    total, of_model = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (loss, loss.model))
     bends = sum(isinstance(m, (CenteredSoftplus, LipschitzBatchNorm2d)) for m in loss.model.modules())
     parts = [f"{of_model - bends:,} weights", f"{bends} beta and gamma" if bends else ""]
     parts += [f"{total - of_model} of the loss"] if total > of_model else []

@@ -1,14 +1,23 @@
 """Small numerics: random numbers by example, norms, comparing tensors, a model held still."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 RTOL = 1e-4  # of the largest logit: what the order of a sum, which varies on a GPU, may change
 # one generator for all examples, one for each, or torch's global one
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, numpy and Python: networks and losses of others draw from any of them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def draw_normal(like: Tensor, generator: Generators) -> Tensor:
