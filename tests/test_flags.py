@@ -198,3 +198,13 @@ def test_contradictions_are_refused_by_name_before_anything_is_loaded(script, fl
     assert code == 2
     assert word in errors
     assert len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("precision", "fast", "lines"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
+def test_bf16_is_said_to_be_slow_where_the_cpu_has_none(precision, fast, lines, tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    flags = ["--dataset", "digits", "--num-epochs", "1", "--lr", "0.01", "--device", "cpu", "--precision", precision]
+    code, printed, errors = call(train_models, [*flags, "--output-dir", str(tmp_path)])
+    assert code == 0, errors
+    assert printed.count("16 times as long") == lines

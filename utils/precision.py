@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -19,9 +20,13 @@ PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise UsageError for tf32 where there is none."""
+    """Raise UsageError for tf32 where there is none; say so where bf16 will be slow."""
     if precision == "tf32" and device.type != "cuda":
         raise UsageError(f"--precision tf32 is for CUDA devices, not {device.type}; give fp32 or bf16")
+    # measured on x86 alone; a CPU with amx_bf16 has avx512_bf16, too
+    x86 = device.type == "cpu" and platform.machine() == "x86_64"
+    if precision == "bf16" and x86 and not torch.cpu._is_avx512_bf16_supported():
+        print("--precision bf16: this CPU has no bf16 arithmetic (avx512_bf16), so a step takes some 16 times as long")
 
 
 @contextmanager
