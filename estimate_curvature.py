@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
     how.add_argument("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
     how.add_argument(
-        "--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the Hessian's trace"
+        "--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the trace, and more"
     )
     how.add_argument(
         "--fold",

@@ -6,6 +6,7 @@ that have converged are taken out of the batch. Everything is relative: H and 1e
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     if k > dimension:
         raise ValueError(f"asked for {k} eigenvalues of a Hessian that has {dimension}")
     steps = min(num_iterations, dimension)
-    eps = max(torch.finfo(start.dtype).eps, hessian.eps)
+    eps = max(torch.finfo(start.dtype).eps, getattr(hessian, "eps", 0.0))
     record = Record(len(start), k, tol, start)
     basis = start.new_empty(len(start), min(steps, 16), dimension)  # row m is q_(m+1); grows when it is full
     tridiagonal = torch.zeros(len(start), 0, 0, dtype=torch.float64)
@@ -188,17 +189,39 @@ def ritz_values(tridiagonal: Tensor, beta: Tensor, k: int, rounding: float) -> t
     return value, residual
 
 
-def hutchinson_trace(hessian: InputHessian, num_probes: int, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """(N,) traces, the mean of v'Hv over random signs v (Hutchinson, 1990), and their (N,) standard errors.
+class ProbeEstimates(NamedTuple):
+    """Means over random signs v and their standard errors: (N,) each."""
+
+    trace: Tensor  # of v'Hv (Hutchinson, 1990)
+    trace_error: Tensor
+    curvature_score: Tensor  # of ||Hv||, which scores memorization (Garg and Roy, CVPR 2023)
+    curvature_score_error: Tensor
+    frobenius_norm: Tensor  # the root of the mean of ||Hv||^2, whose expectation is the sum of H's squared entries
+    frobenius_norm_error: Tensor  # to first order: that of the mean over twice the root
+
+
+def probe(hessian: InputHessian, num_probes: int, draw: Callable[[], Tensor]) -> ProbeEstimates:
+    """What products with random signs tell of H.
 
     Args:
-        num_probes: products to spend on each; 2 or more for a standard error, which otherwise is NaN.
+        num_probes: products to spend on each; 2 or more for standard errors, which otherwise are NaN.
         draw: gives (N, ...) entries of +1 or -1.
     """
-    probes = (draw() for _ in range(num_probes))
-    samples = torch.stack([(v * hessian.product(v)).flatten(1).sum(dim=1) for v in probes])
-    error = samples.std(dim=0) / num_probes**0.5 if num_probes > 1 else torch.full_like(samples[0], torch.nan)
-    return samples.mean(dim=0), error
+
+    def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
+        error = samples.std(dim=0) / num_probes**0.5 if num_probes > 1 else torch.full_like(samples[0], torch.nan)
+        return samples.mean(dim=0), error
+
+    signs = (draw() for _ in range(num_probes))
+    products = ((v, hessian.product(v)) for v in signs)
+    forms, lengths = zip(*(((v * hv).flatten(1).sum(dim=1), norms(hv)) for v, hv in products), strict=True)
+    lengths = torch.stack(lengths)
+    scale = lengths.amax(dim=0)  # squares of very small numbers would be lost
+    scale = torch.where(scale > 0, scale, 1)
+    mean, error = mean_and_error((lengths / scale).square())
+    root = mean.sqrt()
+    frobenius_error = scale * error / torch.where(root > 0, 2 * root, 1)
+    return ProbeEstimates(*mean_and_error(torch.stack(forms)), *mean_and_error(lengths), scale * root, frobenius_error)
 
 
 methods = {"lanczos": lanczos, "power": power_method}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.derivatives import input_hessian
-from curvature.eigenvalues import hutchinson_trace, methods
+from curvature.eigenvalues import methods, probe
 from curvature.folding import FoldedNetwork, fold
 from utils.numerics import Generators, draw_normal, frozen_in_eval, normalize, norms
 from utils.precision import float32_proper
@@ -34,8 +34,13 @@ class CurvatureEstimate:
     products: Tensor  # Hessian-vector products spent, int64
     converged: Tensor  # residual <= tol, bool
     eigenvalues: Tensor  # (N, top_k) signed, largest magnitude first
-    trace: Tensor | None = None  # of the Hessian, with trace_probes
-    trace_error: Tensor | None = None  # its standard error
+    # with trace_probes, see curvature/eigenvalues.py:ProbeEstimates; each with its standard error
+    trace: Tensor | None = None  # of the Hessian
+    trace_error: Tensor | None = None
+    curvature_score: Tensor | None = None  # E ||H v|| over random signs v
+    curvature_score_error: Tensor | None = None
+    frobenius_norm: Tensor | None = None
+    frobenius_norm_error: Tensor | None = None
 
     def columns(self) -> dict[str, Tensor]:
         """The (N,) columns of a table of results; of eigenvalues all but the first, as eigenvalue_2, ..."""
@@ -102,7 +107,8 @@ def estimate_curvature(
         generator: draws the starting vectors. One for every example makes its result independent of its batch.
         top_k: how many eigenvalues to find; the residual is then the largest of theirs, each relative to its own
             magnitude or, for those smaller than that, to a thousandth of the first's.
-        trace_probes: Hessian-vector products per example for the trace of its Hessian; 0 for no trace.
+        trace_probes: Hessian-vector products with random signs per example, for the trace of its Hessian, its
+            Frobenius norm and the curvature score; 0 for none of them.
         use_folding: False differentiates our networks by double backward like any other; a FoldedNetwork stays one.
 
     Raises:
@@ -127,11 +133,9 @@ def estimate_curvature(
     with torch.inference_mode(False), prepared(model, use_folding) as network:
         images, labels = images.clone(), labels.to(torch.int64, copy=True)
         hessian = input_hessian(network, images, labels)
-        trace = trace_error = None
+        probes = {}
         if trace_probes:  # while every example is still in the batch
-            trace, trace_error = hutchinson_trace(
-                hessian, trace_probes, draw=lambda: draw_normal(images, generator).sign()
-            )
+            probes = probe(hessian, trace_probes, draw=lambda: draw_normal(images, generator).sign())._asdict()
         start = starting_vectors(method, hessian.gradient, generator)
         found = methods[method](hessian, start, num_iterations, tol, top_k)
     residual = found.residuals.amax(dim=1)
@@ -147,6 +151,5 @@ def estimate_curvature(
         products=found.products,
         converged=residual <= tol,
         eigenvalues=found.values,
-        trace=trace,
-        trace_error=trace_error,
+        **probes,
     )

@@ -1,6 +1,6 @@
 """Results of measurements: DataFrames with a row an example, their summary as text, and files that can be read back.
 
-The columns are ``COLUMNS``; with --top-k and --trace-probes also eigenvalue_2, ..., trace and trace_error.
+The columns are ``COLUMNS``; with --top-k also eigenvalue_2, ..., with --trace-probes ``PROBED`` and their _error.
 """
 
 import json
@@ -21,6 +21,7 @@ QUANTITIES = {
 COLUMNS = {"model": "str", "split": "str", **dict.fromkeys(("index", "label", "predicted"), "int64")}
 COLUMNS |= dict.fromkeys(("loss", *QUANTITIES, "eigenvalue", "residual"), "float64")
 COLUMNS |= {"products": "int64", "converged": "bool"}
+PROBED = ("trace", "curvature_score", "frobenius_norm")
 LEFT_OUT = ("not finite", "zero gradient", "zero Hessian")
 INDICES_SHOWN = 5
 
@@ -51,7 +52,7 @@ def summarize(results: pd.DataFrame) -> dict:
     """Examples, distributions and convergence of the rows of one model and split, in plain numbers."""
     reasons = left_out(results)
     kept = results[reasons == ""]
-    measured = [*QUANTITIES, *results.filter(regex="^(eigenvalue_|trace)")]
+    measured = [*QUANTITIES, *results.filter(regex=f"^(eigenvalue_|{'|'.join(PROBED)})")]
     return {
         "examples": len(results),
         "averaged": len(kept),
@@ -70,7 +71,7 @@ def format_summary(results: pd.DataFrame) -> str:
     count, kept, converged = summary["examples"], summary["averaged"], summary["converged"]
     lines = [f"  {results['split'].iloc[0]}, {count} examples, accuracy {summary['accuracy']:.2f} %"]
     lines.append(f"    {'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %")
-    titles = QUANTITIES | {"trace_error": "  its standard error"}
+    titles = QUANTITIES | {f"{name}_error": "  its standard error" for name in PROBED}
     for name, d in summary.items():
         if isinstance(d, dict) and "mean" in d:
             title, spread = titles.get(name, name.replace("_", " ")), f"{d['mean']:.5g} +/- {d['sd']:.3g}"

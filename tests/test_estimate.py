@@ -153,7 +153,8 @@ def test_earlier_results_are_compared_in_one_table_and_picture(tmp_path, run, ca
     from_csv, from_json = read_results(tmp_path / "a.csv"), read_results(tmp_path / "a.json")
     pd.testing.assert_frame_equal(from_csv, from_json, check_exact=True)
     assert from_csv["split"].unique().tolist() == ["train", "test"]
-    assert list(from_csv)[-3:] == ["eigenvalue_2", "trace", "trace_error"]
+    assert list(from_csv)[-7:-4] == ["eigenvalue_2", "trace", "trace_error"]
+    assert {"curvature_score", "frobenius_norm_error"} <= set(from_csv)
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["settings"]["num_samples"] == 4
     assert content["measurements"][1]["summary"]["curvature"].keys() == {"mean", "sd", "median", "q05", "q95"}
