@@ -1,7 +1,8 @@
 """BatchNorm, convolution and centered softplus in training, with both derivatives written out.
 
 A gradient-norm penalty differentiates every layer twice. By autograd, BatchNorm alone would take some thirty passes
-over the activations; here each layer takes a few.
+over the activations; here each layer takes a few. A penalty on the Hessian differentiates a third time: while a second
+derivative is recorded by autograd, it is made of operations and functions that can be differentiated again.
 """
 
 import contextlib
@@ -31,16 +32,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = True
 
 
-def refuse_third_derivative() -> None:
-    """Raise RuntimeError where a second derivative is differentiated: it would count as constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("in training mode this layer can be differentiated twice, not three times")
-
-
 class ScaledBatchNorm(Function):
     """y = scale * xhat, xhat = (x - mean) / sqrt(var + eps) with the batch's own mean and variance per channel.
 
-    x and y are (N, C, H, W), scale is a scalar tensor. Updates the running statistics. Twice differentiable.
+    x and y are (N, C, H, W), scale is a scalar tensor. Updates the running statistics. Differentiable any number of
+    times.
     """
 
     @staticmethod
@@ -54,40 +50,64 @@ class ScaledBatchNorm(Function):
     @staticmethod
     def backward(ctx, g):
         x, scale, mean, inv_std = ctx.saved_tensors
-        dx, dscale = ScaledBatchNormBackward.apply(g, x, scale, mean, inv_std, ctx.eps)
-        return dx, dscale, None, None, None, None
+        dx, g_xhat = ScaledBatchNormBackward.apply(g, x, scale, mean, inv_std, ctx.eps)
+        return dx, g_xhat.sum(), None, None, None, None
+
+
+class AffineBatchNorm(Function):
+    """weight * xhat + bias, both (C,). PyTorch's own, the same to the bit, cannot be differentiated three times."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        y, mean, inv_std = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, inv_std)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, mean, inv_std = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            arguments = (weight, None, None, mean, inv_std, True, ctx.eps, ctx.needs_input_grad[:3])
+            return *torch.ops.aten.native_batch_norm_backward(g, x, *arguments), None, None, None, None
+        dx, g_xhat = ScaledBatchNormBackward.apply(g, x, mean.new_ones(()), mean, inv_std, ctx.eps)
+        dx = (dx * weight.view(CHANNELWISE)).to(x.dtype)
+        return dx, g_xhat, g.sum(dim=(0, 2, 3), dtype=mean.dtype), None, None, None, None
 
 
 class ScaledBatchNormBackward(Function):
-    """(g, x, scale) -> dx = scale / std * P g and dscale = <g, xhat>.
+    """(g, x, scale) -> dx = scale / std * P g, and (C,) sums of g * xhat.
 
     P g = g - mean(g) - xhat mean(g xhat), symmetric, removes each channel's mean and its component along xhat.
     """
 
     @staticmethod
-    def projected(g, x, scale, mean, inv_std, eps):
-        """scale / std * P g, and (C,) sums of g * xhat."""
+    def value(g, x, scale, mean, inv_std, eps):
         arguments = (scale.repeat(x.shape[1]), None, None, mean, inv_std, True, eps, [True, True, False])
         return torch.ops.aten.native_batch_norm_backward(g, x, *arguments)[:2]
 
     @staticmethod
     def forward(ctx, g, x, scale, mean, inv_std, eps):
         ctx.set_materialize_grads(False)
-        dx, g_xhat = ScaledBatchNormBackward.projected(g, x, scale, mean, inv_std, eps)
+        dx, g_xhat = ScaledBatchNormBackward.value(g, x, scale, mean, inv_std, eps)
         ctx.save_for_backward(x, scale, mean, inv_std, dx, g_xhat)
         ctx.eps = eps
-        return dx, g_xhat.sum()
+        return dx, g_xhat
 
     @staticmethod
     def backward(ctx, v, u):
-        """Of <v, dx> + u dscale. With M pixels per channel and S = sum(v dx),
+        """Of <v, dx> + <u, g_xhat>. With M pixels per channel and S = sum(v dx),
         d<v, dx>/dx = -1/std * (S/M xhat + mean(g xhat) * scale/std P v + mean(v xhat) * dx)."""
-        refuse_third_derivative()
         x, scale, mean, inv_std, dx, g_xhat = ctx.saved_tensors
+        projected = ScaledBatchNormBackward.value
+        if torch.is_grad_enabled():  # for a third derivative the projection and the statistics are functions of x
+            projected = ScaledBatchNormBackward.apply
+            var, mean = torch.var_mean(x.to(mean.dtype), dim=(0, 2, 3), correction=0)
+            inv_std = (var + ctx.eps).rsqrt()
         grad_g = grad_x = grad_scale = None
         if v is not None:
             pixels = x.numel() // x.shape[1]
-            grad_g, v_xhat = ScaledBatchNormBackward.projected(v, x, scale, mean, inv_std, ctx.eps)
+            grad_g, v_xhat = projected(v, x, scale, mean, inv_std, ctx.eps)
             v_dx = (v * dx).sum(dim=(0, 2, 3), dtype=mean.dtype)
             factors = (inv_std * v_dx, v_xhat, g_xhat)
             along_x, along_dx, along_grad_g = ((-inv_std / pixels * factor).view(CHANNELWISE) for factor in factors)
@@ -95,6 +115,7 @@ class ScaledBatchNormBackward(Function):
             grad_x = grad_x.addcmul_(dx, along_dx).addcmul_(grad_g, along_grad_g).to(x.dtype)
             grad_scale = v_dx.sum() / scale
         if u is not None:
+            u = u.view(CHANNELWISE)
             xhat = ((x - mean.view(CHANNELWISE)) * inv_std.view(CHANNELWISE)).to(x.dtype)
             grad_g = u * xhat if grad_g is None else grad_g + u * xhat
             grad_x = u / scale * dx if grad_x is None else grad_x + u / scale * dx
@@ -234,10 +255,9 @@ class SoftplusInputGradient(Function):
 
     @staticmethod
     def backward(ctx, v):
-        refuse_third_derivative()
         g, x, b = ctx.saved_tensors
         s = torch.sigmoid(bx := b * x)
         if s.dtype == torch.float64:  # elsewhere it is 1 from 20 on by itself
-            s.masked_fill_(bx > 20, 1)
+            s = s.masked_fill(bx > 20, 1)
         grad_x = torch.ops.aten.sigmoid_backward(g * v, s).mul_(b)  # g v s (1 - s) b
         return v * s, grad_x, (grad_x * x).sum() / b

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 from torch.nn.modules.utils import _pair
 
-from models.functional import ScaledBatchNorm, centered_softplus, conv2d, full_precision
+from models.functional import AffineBatchNorm, ScaledBatchNorm, centered_softplus, conv2d, full_precision
 
 
 class CenteredSoftplus(nn.Module):
@@ -161,10 +161,10 @@ def scaled_batch_norm(norm: nn.BatchNorm2d, x: Tensor, scale: Tensor) -> Tensor:
         return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
     norm.num_batches_tracked.add_(1)
     momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    if norm.affine:
-        return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, True, momentum, norm.eps)
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if norm.affine:
+        return AffineBatchNorm.apply(x, weight, bias, norm.running_mean, norm.running_var, momentum, norm.eps)
     return ScaledBatchNorm.apply(x, scale, norm.running_mean, norm.running_var, momentum, norm.eps)
 
 
