@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bound import log_curvature_bound
-from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+from models.layers import BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d
 
 # G = 1e5 / 128^2 * mean_i ||grad_x l_i||^2: the reference's 1e5 * sum ||grad_x L||^2 / N at its batch size N = 128, but
 # with per-example losses in place of their batch mean L, so that the penalty does not change with the batch size.
@@ -80,6 +80,21 @@ def require_curvature_parameters(model: nn.Module) -> None:
         raise ValueError(
             "a curvature penalty needs a network with trainable beta or gamma: resnet18lcnn, resnet34lcnn or vgg11lcnn"
         )
+
+
+def require_third_derivatives(model: nn.Module) -> None:
+    """Raise ValueError if the model has a layer whose third derivative PyTorch refuses or gets wrong.
+
+    Its BatchNorm, InstanceNorm and LayerNorm take statistics from their input, and hold them constant from the third
+    derivative on: https://github.com/pytorch/pytorch/issues/186256, .../175754. Newer versions raise an error.
+    """
+    theirs = (nn.modules.batchnorm._NormBase, nn.LayerNorm)  # _NormBase: BatchNorm and InstanceNorm
+    for name, module in model.named_modules():
+        if isinstance(module, theirs) and not isinstance(module, (BatchNorm2d, LipschitzBatchNorm2d)):
+            raise ValueError(
+                f"PyTorch's {type(module).__name__} ({name}) cannot be differentiated three times in training; give "
+                "a network of ours or --lcnn, which replaces BatchNorm2d, or normalize by GroupNorm"
+            )
 
 
 class CELoss(nn.Module):
@@ -228,12 +243,39 @@ class CurvatureBoundRegularizedLoss(CELoss):
         return raw_loss + self.ramp * self.reg_constant * log_bound
 
 
+class HessianLoss(CELoss):
+    """L + reg_constant * mean over examples of ||H_i v_i||^2, each v_i a new random unit vector in every step.
+
+    H_i is the Hessian of loss i with respect to its D pixels. The mean over v is ||H_i||_F^2 / D. The product is
+    differentiated, the loss a third time.
+
+    Raises:
+        ValueError: if the model has a layer that cannot be differentiated three times in training.
+    """
+
+    def __init__(self, model: nn.Module, reg_constant: float = 1e-4):
+        require_third_derivatives(model)
+        super().__init__(model)
+        self.reg_constant = reg_constant
+
+    def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
+        input = with_input_gradient(input)
+        losses = self.losses(input, target)
+        gradient = input_gradient(losses, input)
+        v = F.normalize(torch.randn_like(gradient).flatten(1)).view_as(gradient)
+        (product,) = torch.autograd.grad(gradient, input, v, create_graph=True)
+        raw_loss, hessian = losses.mean(), product.square().sum() / len(product)
+        self.metadata = {"raw_loss": raw_loss, "hessian": hessian}
+        return raw_loss + self.reg_constant * hessian
+
+
 # The weights of the penalties: name in ``flags`` -> its default and its help. reg_gnorm is --reg-gnorm there.
 WEIGHTS = {
     "reg_gnorm": (1e-3, "weight of the gradient norm"),
     "reg_beta": (1e-2, "weight of the sum of beta; 1e-2 is the reference's last, the paper's Table 1 has 1e-3"),
     "reg_gamma": (1e-2, "weight of the sum of |log gamma|; likewise"),
     "reg_bound": (1e-2, "weight of the log curvature bound"),
+    "reg_hessian": (1e-4, "weight of the squared Hessian along random directions"),
 }
 
 # --regularizer NAME -> the loss it trains with; ``flags`` are train_models.py's parsed flags
@@ -246,4 +288,5 @@ regularizers = {
     ),
     "cure": lambda model, flags: CURELoss(model, flags.reg_gnorm),
     "curvature_bound": lambda model, flags: CurvatureBoundRegularizedLoss(model, flags.reg_bound),
+    "hessian": lambda model, flags: HessianLoss(model, flags.reg_hessian),
 }
