@@ -51,6 +51,8 @@ def gradients_of_every_loss(path: str) -> None:
     with distributed.process_group():
         rank, world_size = distributed.rank(), distributed.world_size()
         for name, make in {**regularizers, "unfreezing": lambda model, flags: UnfreezingLoss(model)}.items():
+            if name == "hessian":  # each process draws its own directions
+                continue
             gradients = TrainingStep(make(model, WEIGHTS))
             for batch in training_batches(split, 7, 0, 1, rank=rank, world_size=world_size):
                 gradients.loss.zero_grad()

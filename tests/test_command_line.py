@@ -54,7 +54,7 @@ def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, monke
         expected = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds"}
         expected |= {"images_per_second"} | ({"gradnorm"} if "gnorm" in regularizer else set())
         expected |= {"beta_term", "gamma_term"} if regularizer in ("curvature", "curvature_and_gnorm") else set()
-        expected |= {"cure": {"cure"}, "curvature_bound": {"log_bound"}}.get(regularizer, set())
+        expected |= {"cure": {"cure"}, "curvature_bound": {"log_bound"}, "hessian": {"hessian"}}.get(regularizer, set())
         assert row.keys() == expected
         assert re.search(r"test_accuracy \d+\.\d\d ", result.stdout)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
