@@ -9,8 +9,10 @@ is finished, optimizer (state_dict).
 import functools
 import io
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -27,8 +29,9 @@ REQUIRED |= {"flags": dict, "epoch": int, "metrics": list, "model": dict}
 # where training scripts put a state_dict
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema", "ema")
 # segments of keys that wrappers of a network add: DataParallel, torch.compile, Lightning, ...
-WRAPPER_SEGMENTS = {"module", "_orig_mod", "model", "net"}
+WRAPPER_SEGMENTS = ("module", "_orig_mod", "model", "net")
 EXTRA_STATE = "_extra_state"  # the end of the key of what a module's get_extra_state returned
+FITTING = "give the model, and the data set, that they were trained for"
 REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
 
 
@@ -57,7 +60,7 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
 
     Args:
         path: a checkpoint of ours; a state_dict of the reference code; or, with package.module:callable, one of that
-            network, bare or under one of ``WRAPPERS``.
+            network, see ``find_state_dict``.
         model_arch: the architecture, if known; a checkpoint's own must agree with it.
 
     Returns:
@@ -72,7 +75,7 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
         check_own_format(content, path)
         own = content["model_arch"]
     elif model_arch in (None, *model_architecture):
-        content = convert_reference_checkpoint(as_state_dict(content, path), path)
+        content = convert_reference_checkpoint(find_state_dict(content, path), path)
         own = content["model_arch"]
         if model_arch == f"{own}lowbeta":  # the reference does not record the activation's sharpness
             own = content["model_arch"] = model_arch
@@ -87,6 +90,8 @@ def read_file(path: Path):
     """What torch.save wrote at path, on the CPU: tensors and plain values only, or UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
+    if kind := {".png": "a picture", ".csv": "a table", ".json": "a table"}.get(path.suffix):
+        raise UserError(f"{path} is {kind}, and holds no weights; leave it out")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -94,11 +99,17 @@ def read_file(path: Path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} has another checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript and sparse tensors, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        if found := re.search(r"(?:GLOBAL|class|function) ([\w.]+) was not an allowed global", str(error)):
+        if found := re.search(r"(?:GLOBAL|class|function) ([\w.]+) (?:was not an allowed|whose module)", str(error)):
             problem = f"{path} holds the Python class or function {found[1]}, which is not loaded"
-            raise UserError(f"{problem}; save the weights alone, by torch.save(model.state_dict(), file)") from None
+            remedy = "if you trust the file, read it with weights_only=False and torch.save its weights alone"
+            raise UserError(f"{problem}; {remedy}") from None
+        if "TorchScript" in str(error):
+            remedy = "save its weights alone, by torch.save(torch.jit.load(file).state_dict(), another)"
+            raise UserError(f"{path} is a TorchScript archive, whose code is not run; {remedy}") from None
         reason = f"truncated, damaged, or not plain tensors ({type(error).__name__})"
         raise UserError(f"{path}: not readable weights: {reason}; {REMEDY}") from error
 
@@ -134,22 +145,37 @@ def check_own_format(checkpoint: dict, path: str | Path) -> None:
 
 
 def find_state_dict(content, path: str | Path) -> dict[str, Tensor]:
-    """The state_dict in a file of other people's: bare, under one of ``WRAPPERS``, or one level deeper.
+    """The state_dict in a file of other people's: bare, under a name, or one level deeper.
+
+    The names in ``WRAPPERS`` come first, in that order. Under another name it must be the only one. A choice is
+    printed.
 
     Raises:
-        UserError: if there is none; it names entries of other names that look like one.
+        UserError: if there is none, or if there are several, all under other names; it tells them.
     """
-    found = content
-    for _ in range(2):
-        if isinstance(found, dict):
-            found = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), found)
-    others = [key for key, value in content.items() if is_state_dict(value)] if isinstance(content, dict) else []
-    if others and not is_state_dict(found):
-        names = " and ".join(map(repr, others))
-        raise UserError(
-            f"{path}: holds weights under {names}; save the one to load alone, by torch.save(its dict, file)"
-        )
-    return as_state_dict(found, path)
+    found = dict(state_dicts(content))
+    if not found or "" in found:
+        return as_state_dict(content, path)
+    usual = [names for names in found if set(names.split(".")) <= set(WRAPPERS)]
+    if not usual and len(found) > 1:
+        candidates = " and ".join(map(repr, list(found)[:4]))
+        remedy = "save the one to load alone, by torch.save(its dict, file)"
+        raise UserError(f"{path}: holds weights under {candidates}; {remedy}")
+    chosen = min(usual, key=lambda names: list(map(WRAPPERS.index, names.split("."))), default=min(found))
+    others = " and ".join(repr(names) for names in found if names != chosen)
+    if others or not usual:
+        print(f"{path}: the weights under {chosen!r} are taken" + (others and f", not those under {others}"))
+    return found[chosen]
+
+
+def state_dicts(content, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state_dicts in a dict, at most two levels down, each with the names that lead to it, joined by a dot."""
+    if is_state_dict(content):
+        yield name, content
+    elif isinstance(content, dict) and "." not in name:
+        for key, inner in content.items():
+            if isinstance(key, str):
+                yield from state_dicts(inner, f"{name}.{key}".lstrip("."))
 
 
 def is_state_dict(content) -> bool:
@@ -207,60 +233,78 @@ def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, name: str) -> nn.Module:
-    """Copy a state_dict into the model, whose dtype becomes the widest floating-point one there.
+    """Copy a state_dict into the model, which keeps its dtypes.
 
-    Keys may have wrappers' segments more or less, see ``align``. A model on the "meta" device takes over the tensors.
+    Only if a parameter in the file is wider than the model's, the whole model takes that dtype. Buffers do not count: a
+    network may have one in float64 for reasons of its own. Keys may have wrappers' segments more or less, see
+    ``align``. A model on the "meta" device takes over the tensors.
 
     Raises:
         UserError: if a key is missing, left over, or has another shape or an impossible dtype.
     """
     try:
         own_state = model.state_dict()
-        state = align(state, own_state, path)
+        state = align(state, own_state, path, name)
         for key, own in own_state.items():
             found = state.get(key, own)
             if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
                 raise TypeError(f"{key} is of {found.dtype}")
-        tensors = [value for value in state.values() if isinstance(value, Tensor)]
-        dtypes = {value.dtype for value in tensors if value.is_floating_point()}
+        weights = {key: weight for key, weight in model.named_parameters() if weight.is_floating_point()}
+        own_dtypes = {weight.dtype for weight in weights.values()}
+        dtypes = {torch.promote_types(weight.dtype, state.get(key, weight).dtype) for key, weight in weights.items()}
         dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if any(weight.is_meta for weight in weights.values()):
             model.load_state_dict(state, assign=True)
             model.to(dtype=dtype, memory_format=torch.contiguous_format)
         else:
-            model.to(dtype=dtype).load_state_dict(state)
+            if dtypes != own_dtypes:
+                model.to(dtype)
+            model.load_state_dict(state)
+    except UserError:
+        raise
     except Exception as error:  # the code of another project's model runs here
-        remedy = "give the model, and the data set, that they were trained for"
-        raise UserError(f"{path}: the weights do not fit {name} ({one_line(error)}); {remedy}") from error
+        raise UserError(f"{path}: the weights do not fit {name} ({one_line(error)}); {FITTING}") from error
     return model
 
 
-def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, name: str) -> dict[str, Tensor]:
     """The state_dict under the names of the model's own, if only the segments of wrappers tell them apart.
 
+    As a layer of the model may itself be called "net", every choice of segments to do without is tried, and the first
+    that fits best is taken. AveragedModel's n_averaged is passed over. BatchNorm's num_batches_tracked may be missing,
+    as in old files.
+
     Raises:
-        KeyError: with the counts, and the first missing and the first unexpected key, if keys are left over.
+        UserError: with the counts, and the first missing and the first unexpected key, if keys are left over.
     """
-    if "n_averaged" in state and "n_averaged" not in own:  # torch's AveragedModel counts in it
-        state = {key: value for key, value in state.items() if key != "n_averaged"}
     if state.keys() == own.keys():
         return state
-    theirs, ours = bare_names(state), bare_names(own)
-    missing = [key for name, key in ours.items() if name not in theirs]
-    unexpected = [key for name, key in theirs.items() if name not in ours]
-    if missing or unexpected or len(theirs) < len(state) or len(ours) < len(own):
+    keys = [key for key in state if key in own or key.split(".")[-1] != "n_averaged"]
+
+    def pairs(segments: Collection[str]) -> dict[str, str]:  # the model's key -> the file's
+        theirs, ours = bare_names(keys, segments), bare_names(own, segments)
+        return {key: theirs[bare] for bare, key in ours.items() if bare in theirs}
+
+    sizes = range(len(WRAPPER_SEGMENTS) + 1)
+    choices = [choice for size in sizes for choice in combinations(WRAPPER_SEGMENTS, size)]
+    found = max((pairs([*choice, number]) for number in ("", "0", "1") for choice in choices), key=len)
+    missing, used = [key for key in own if key not in found], set(found.values())
+    unexpected = [key for key in keys if key not in used]
+    if unexpected or not all(key.endswith("num_batches_tracked") for key in missing):
         problem = f"{len(missing)} keys of the model missing, {len(unexpected)} unexpected"
         problem += f"; first missing {missing[0]}" if missing else ""
         problem += f"; first unexpected {unexpected[0]}" if unexpected else ""
-        raise KeyError(problem)
-    example = next(name for name in ours if ours[name] != theirs[name])
-    print(f"{path}: wrappers' names added or taken away, such as {theirs[example]} read as {ours[example]}")
-    return {ours[name]: state[theirs[name]] for name in ours}
+        raise UserError(f"{path}: the weights do not fit {name} ({problem}); {FITTING}")
+    if renamed := [key for key in own if found.get(key, key) != key]:
+        example = f"{found[renamed[0]]} read as {renamed[0]}"
+        print(f"{path}: wrappers' names added or taken away, such as {example}")
+    return {key: state[theirs] for key, theirs in found.items()}
 
 
-def bare_names(keys: Iterable[str]) -> dict[str, str]:
-    """Each key without wrappers' segments -> the key. A number in front goes, a Sequential's, if all keys have it."""
-    names = {key: [part for part in key.split(".") if part not in WRAPPER_SEGMENTS] for key in keys}
+def bare_names(keys: Iterable[str], segments: Collection[str]) -> dict[str, str]:
+    """Each key without these segments -> the key. A number in front goes, a Sequential's, if all keys have it."""
+    names = {key: key.split(".") for key in keys}
+    names = {key: [part for part in parts[:-1] if part not in segments] + parts[-1:] for key, parts in names.items()}
     while len({parts[0] for parts in names.values()}) == 1 and all(
         len(parts) > 1 and parts[0].isdigit() for parts in names.values()
     ):

@@ -131,7 +131,8 @@ def test_a_pickle_that_runs_code_is_not_run(wrap, tmp_path):
         (lambda: FORMAT, "an incomplete checkpoint"),
         (lambda: [1, 2], "holds no state_dict"),
         (lambda: {0: torch.zeros(3)}, "holds no state_dict"),
-        (lambda: {"state": {"weights": torch.zeros(3)}}, "holds no state_dict"),
+        (lambda: {"state": {"weights": torch.zeros(3)}}, "neither a checkpoint"),
+        (lambda: {"state": {0: {"momentum_buffer": torch.zeros(3)}}}, "holds no state_dict"),  # an optimizer's
         (lambda: {"fc.weight": torch.zeros(3, 3)}, "neither a checkpoint"),
     ],
 )

@@ -3,12 +3,15 @@
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models.checkpoint import build_model, read_checkpoint
 from utils.errors import UserError
+
+ONE = torch.ones(())
 
 USER_FILE = """
 from torch import nn
@@ -47,6 +50,17 @@ class Holder(nn.Module):
         super().__init__()
         self.module = Small(10)
 
+class Named(nn.Module):
+    # layers that are called as wrappers are
+    def __init__(self):
+        super().__init__()
+        self.net, self.model = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+        self.module = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+        self(__import__("torch").rand(2, 3, 8, 8))
+
+    def forward(self, x):
+        return self.module(self.model(self.net(x)))
+
 class Extra(Small):
     version = 2
 
@@ -78,7 +92,7 @@ def build(arch: str, path=None, num_classes: int = 10) -> nn.Module:
 
 
 def save(path, content):
-    torch.save(content, path)
+    content.save(path) if isinstance(content, torch.jit.ScriptModule) else torch.save(content, path)
     return path
 
 
@@ -118,6 +132,10 @@ def under(prefix: str, state: dict) -> dict:
         (lambda state: {"model": under("_orig_mod.module.", state)}, "_orig_mod.module.0.weight"),
         (lambda state: {"state_dict": under("1.module.", state)}, "1.module.0.weight"),
         (lambda state: under("module.", state) | {"n_averaged": torch.tensor(3)}, "module.0.weight"),
+        (lambda state: {"ema": under("model.module.", state) | {"model.n_averaged": 3 * ONE}}, "model.module.0.weight"),
+        (lambda state: {"state_dict": under("model.", state), "hyper_parameters": {"lr": 0.1}}, "model.0.weight"),
+        (lambda state: under("module._orig_mod.1.0.", state), "module._orig_mod.1.0.0.weight"),
+        (lambda state: {key.replace(".", ".module.", 1): value for key, value in state.items()}, "0.module.weight"),
     ],
 )
 def test_weights_in_the_layouts_that_training_code_leaves(user_file, layout, example, capsys):
@@ -131,6 +149,52 @@ def test_weights_in_the_layouts_that_training_code_leaves(user_file, layout, exa
     # and the other way round: the model has the wrapper
     holder = build("my_models:Holder", path)
     assert torch.equal(holder.module(x), trained(x))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "net.", "model.", "1.", "0.module."])
+def test_layers_called_as_wrappers_are(user_file, prefix):
+    trained = build("my_models:Named")
+    model = build("my_models:Named", save(user_file / "weights.pt", under(prefix, trained.state_dict())))
+    assert all(map(torch.equal, model.state_dict().values(), trained.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (lambda state: {"teacher": state, "epoch": 3}, "the weights under 'teacher' are taken\n"),
+        (lambda state: {"last": {"weights": state}}, "the weights under 'last.weights' are taken\n"),
+        (lambda state: {"ema": dict.fromkeys(state, ONE), "model": state}, "'model' are taken, not those under 'ema'"),
+        (lambda state: {"best": dict.fromkeys(state, ONE), "net": {"ema": state}}, "'net.ema' are taken, not those"),
+    ],
+)
+def test_which_weights_of_a_file_are_taken_is_said(user_file, layout, said, capsys):
+    trained = build("my_models:ten")
+    model = build("my_models:ten", save(user_file / "weights.pt", layout(trained.state_dict())))
+    assert torch.equal(model[0].weight, trained[0].weight)
+    assert said in capsys.readouterr().out
+
+
+def test_old_files_do_not_count_batches(user_file):
+    state = build("my_models:ten").state_dict()
+    old = {"module." + key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert torch.equal(build("my_models:ten", save(user_file / "weights.pt", old))[0].weight, state["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("in_file", "expected"),
+    [
+        ({}, [torch.float32, torch.float32]),
+        ({"1.running_mean": torch.float64}, [torch.float32, torch.float32]),
+        ({"0.weight": torch.float16}, [torch.float32, torch.float32]),
+        ({"0.weight": torch.float64}, [torch.float64, torch.float64]),
+    ],
+)
+def test_the_parameters_decide_the_dtype(user_file, in_file, expected):
+    state = build("my_models:ten").state_dict()
+    state |= {key: state[key].to(dtype) for key, dtype in in_file.items()}
+    model = build("my_models:ten", save(user_file / "weights.pt", state))
+    assert [model[0].weight.dtype, model[1].running_mean.dtype] == expected
+    assert torch.equal(model[0].weight, state["0.weight"].to(expected[0]))
 
 
 def test_a_layer_of_the_models_own_called_module_is_no_prefix(user_file, capsys):
@@ -151,6 +215,14 @@ def test_safetensors(user_file):
     trained = build("my_models:ten")
     safetensors.save_file(trained.state_dict(), user_file / "weights.safetensors")
     assert torch.equal(build("my_models:ten", user_file / "weights.safetensors")[0].weight, trained[0].weight)
+    (user_file / "cut.safetensors").write_bytes((user_file / "weights.safetensors").read_bytes()[:-1])
+    refused("cut.safetensors: not readable weights .SafetensorError", "my_models:ten", user_file / "cut.safetensors")
+
+
+def test_safetensors_without_the_package(user_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (user_file / "weights.safetensors").touch()
+    refused("pip install safetensors", "my_models:ten", user_file / "weights.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -179,14 +251,26 @@ def test_names_of_nothing_that_builds_a_model(user_file, arch, code, words):
 def test_files_that_hold_no_fitting_weights(user_file):
     state = build("my_models:ten").state_dict()
     renamed = {"b" if key == "0.bias" else key: value for key, value in state.items()}
+    normalized = {"0.mean": ONE, "0.std": ONE} | under("1.module.", state)
     fitting = r"odd\.pt: the weights do not fit my_models:ten with 10 classes"
     for words, content in (
         ("holds no state_dict", {}),
         ("holds no state_dict", {"model": {"net": {}}}),
         ("holds weights under 'student' and 'teacher'; save", {"student": state, "teacher": state}),
         ("the Python class or function argparse.Namespace.*weights alone", {"state_dict": state, "args": Namespace()}),
+        ("function numpy.*scalar, which is not loaded", {"state_dict": state, "best": np.float64(0.9)}),
+        ("the Python class or function my_models.Small", build("my_models:Small")),
+        ("a TorchScript archive.*torch.jit.load", torch.jit.script(build("my_models:ten"))),
+        ("0 keys of the model missing, 2 unexpected; first unexpected 0.mean.; give the model", normalized),
+        ("1 unexpected; first unexpected module._extra_state", under("module.", state | {"_extra_state": None})),
         (r"1 keys of the model missing, 1 unexpected; first missing 0.bias; first unexpected b", renamed),
         (fitting, {key: value for key, value in state.items() if key != "5.weight"}),
         (fitting, state | {"extra": torch.zeros(1)}),
     ):
         assert refused(words, "my_models:ten", save(user_file / "odd.pt", content)) == 1
+
+
+@pytest.mark.parametrize(("name", "words"), [("all.csv", "a table"), ("all.json", "a table"), ("a.png", "a picture")])
+def test_files_of_results_are_named_as_such(user_file, name, words):
+    (user_file / name).touch()
+    refused(f"{name} is {words}.*leave it out", "my_models:ten", user_file / name)
