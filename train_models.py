@@ -20,7 +20,7 @@ from torch import nn
 
 from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import ImageData, datasets, load_dataset
-from models.checkpoint import load_weights
+from models.checkpoint import fill_buffers, load_weights
 from models.layers import CenteredSoftplus
 from models.model_selector import OUR_NETWORKS, add_architecture_flags, build_network, check_architecture_flags
 from models.outside import check_training, try_forward
@@ -248,9 +248,11 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
     """Put back what the run that goes on has saved; returns its metrics, one dict per epoch."""
     if not run.saved:
         return []
+    fill_buffers(loss.model, run.saved["model"])
     load_weights(loss.model, run.saved["model"], run.path, run.saved["model_arch"])
     own = run.saved.get("loss", {})
     try:
+        fill_buffers(loss, own)
         loss.load_state_dict(loss.state_dict() | own, strict=True)
         if missing := own_state(loss).keys() - own.keys():
             raise KeyError(f"no {min(missing)}")

@@ -227,6 +227,8 @@ def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes
         model = build_network(arch, num_classes, image_size, lcnn, quiet="format" in checkpoint)
     else:
         raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
+    if "format" in checkpoint:
+        fill_buffers(model, checkpoint["model"])
     if "model" in checkpoint:
         load_weights(model, checkpoint["model"], path, f"{arch} with {num_classes} classes")
     return model.eval()
@@ -265,6 +267,16 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
     except Exception as error:  # the code of another project's model runs here
         raise UserError(f"{path}: the weights do not fit {name} ({one_line(error)}); {FITTING}") from error
     return model
+
+
+def fill_buffers(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make the buffers that are None at the start, and that a run has filled, so that its state can be loaded."""
+    device = next(module.parameters(), torch.empty(0)).device
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            saved = state.get(f"{prefix}.{name}".lstrip("."))
+            if buffer is None and isinstance(saved, Tensor):
+                owner._buffers[name] = torch.empty_like(saved, device=device)
 
 
 def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, name: str) -> dict[str, Tensor]:

@@ -172,11 +172,14 @@ def check_training(model: nn.Module, images: Tensor, num_classes: int, name: str
     except Exception as error:
         problem = f"its state cannot be saved and loaded ({type(error).__name__})"
         raise UserError(f"{name}: {problem}; keep plain numbers, text and tensors in it") from error
+    filled_later = [(m, key) for m in model.modules() for key, buffer in m._buffers.items() if buffer is None]
     try:
         logits = forward(model.train(), images, num_classes, name)
         if not logits.requires_grad:
             raise UserError(f"{name}: gives logits without gradient in training; remove any no_grad or detach")
     finally:
+        for module, key in filled_later:
+            module._buffers[key] = None
         try:
             model.eval().load_state_dict(state)  # the statistics as they were
         except Exception as error:
