@@ -117,6 +117,10 @@ def load_subject(path: str | None, flags: argparse.Namespace, load_data: Callabl
             f"{path} tells {checkpoint['num_classes']} classes apart, but {dataset} has {num_classes}; "
             "give the --dataset (and --data-dir) it was trained on"
         )
+    for theirs, own in zip(checkpoint.get("class_names", []), data.class_names, strict=False):
+        if theirs != own:
+            problem = f"{path} was trained with class {theirs!r} where {data_dir} has {own!r}"
+            raise UsageError(f"{problem}: other classes, or another order; give the --data-dir it was trained on")
     arch = checkpoint["model_arch"] if path else "its weights as the callable made them,"
     return Subject(name, arch, model.to(flags.device), dataset, data)
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pandas as pd
 import pytest
 import torch
-from conftest import run_main
+from conftest import assert_one_line_error, run_main
 from torch import nn
 
 import estimate_curvature
@@ -122,3 +122,18 @@ def test_buffers_of_any_kind_resume_bit_identical_and_are_measured(folder, photo
     assert saved[0]["model"]["seen"] == 3 * 24
     measuring = ["--model-arch", "nets:Remembers", "--model-filename", folder / "whole" / name, "--num-samples", 1]
     assert run_main(estimate_curvature, measuring, capsys).returncode == 0
+
+
+@pytest.mark.parametrize(("names", "fits"), [(["flower", "china"], False), (["china", "flower"], True), (None, True)])
+def test_classes_of_other_names_or_in_another_order(names, fits, folder, photographs, capsys):
+    flags = ["--model-arch", "nets:tiny", "--num-epochs", 1]
+    assert run_main(train_models, run_flags(photographs, folder, *flags), capsys).returncode == 0
+    path = folder / "nets.tiny_imagefolder.pt"
+    saved = torch.load(path)
+    saved.pop("class_names")
+    torch.save(saved | ({"class_names": names} if names else {}), path)
+    result = run_main(estimate_curvature, [*flags[:2], "--model-filename", path, "--num-samples", 1], capsys)
+    if fits:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert_one_line_error(result, 2, "'flower'", "'china'", "--data-dir")
