@@ -124,6 +124,17 @@ def test_buffers_of_any_kind_resume_bit_identical_and_are_measured(folder, photo
     assert run_main(estimate_curvature, measuring, capsys).returncode == 0
 
 
+def test_weights_of_losses_may_come_and_go(folder, photographs, monkeypatch, capsys):
+    monkeypatch.setitem(regularized_loss.WEIGHTS, "reg_old", (0.5, "of a loss that was removed later"))
+    flags = run_flags(photographs, folder, "--model-arch", "nets:tiny", "--num-epochs", 2)
+    stopped_after_the_first_epoch(flags, monkeypatch, capsys)
+    monkeypatch.delitem(regularized_loss.WEIGHTS, "reg_old")
+    monkeypatch.setitem(regularized_loss.WEIGHTS, "reg_new", (0.5, "of a loss that was added"))
+    result = run_main(train_models, [*flags, "--resume", "--reg-new", 1], capsys)
+    assert_one_line_error(result, 2, "was started with --reg-new 0.5, not 1.0")
+    assert run_main(train_models, [*flags, "--resume"], capsys).returncode == 0
+
+
 @pytest.mark.parametrize(("names", "fits"), [(["flower", "china"], False), (["china", "flower"], True), (None, True)])
 def test_classes_of_other_names_or_in_another_order(names, fits, folder, photographs, capsys):
     flags = ["--model-arch", "nets:tiny", "--num-epochs", 1]

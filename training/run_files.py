@@ -153,17 +153,22 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
 
 
 def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
-    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved."""
+    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved.
+
+    A flag that is gone, such as the weight of a loss that was removed, is no obstacle.
+    """
     theirs = saved.get("flags")
     if theirs is None:
         raise UsageError(f"{path} was not written by train_models.py and cannot be resumed")
-    for name in sorted(theirs.keys() | flags.keys()):
+    for name, value in sorted(flags.items()):
         its_value = theirs.get(name, defaults.get(name))
-        if name != "data_dir" and its_value != flags.get(name):
+        if name != "data_dir" and its_value != value:
             flag = "--" + name.replace("_", "-")
+            its, own = f"{flag} {its_value}", value
+            if isinstance(value, bool):
+                its, own = (flag if on else f"--no-{flag[2:]}" for on in (its_value, value))
             raise UsageError(
-                f"--resume: {path} was started with {flag} {its_value}, not {flags.get(name)}; "
-                "give the same flags, or another --output-dir"
+                f"--resume: {path} was started with {its}, not {own}; give the same flags, or another --output-dir"
             )
 
 
