@@ -20,7 +20,7 @@ from torch import nn
 
 from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import ImageData, datasets, load_dataset
-from models.checkpoint import fill_buffers, load_weights
+from models.checkpoint import build_model, fill_buffers, load_weights
 from models.layers import CenteredSoftplus
 from models.model_selector import OUR_NETWORKS, add_architecture_flags, build_network, check_architecture_flags
 from models.outside import check_training, try_forward
@@ -155,10 +155,14 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
     settings = training_settings(flags.precision, flags.strong_determinism_wanted)
     with settings, open_run(flags, build_parser().parse_args([])) as run:
         try:
-            data = load_dataset(flags.dataset, flags.data_dir, run.image_size, flags.download).to(flags.device)
-            check_same_data(run, data)
-            loss = build_loss(flags, build_trained_network(flags, data, run))
-            train_run(flags, run, data, loss)
+            if not run.is_finished or run.data_moved:
+                data = load_dataset(flags.dataset, flags.data_dir, run.image_size, flags.download).to(flags.device)
+                check_same_data(run, data)
+            if run.is_finished:
+                print(f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}")
+                write_report(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
+            else:
+                train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data, run)))
         except KeyboardInterrupt:
             print(f"\n{how_to_go_on(arguments, start_again=run.replaces)}")
             raise
@@ -169,7 +173,7 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
     """The network to train, on its device, with its first weights, from which the loss may keep what it likes."""
     seed_everything(flags.prng_seed)
     num_classes = len(data.class_names)
-    network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn, quiet=run.is_finished)
+    network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn)
     if (dtype := next(network.parameters(), torch.empty(0)).dtype) != torch.float32:
         print(f"{flags.model_arch}: weights of {dtype} are trained in float32")
         network.float()
@@ -209,7 +213,7 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
 
 
 def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss) -> None:
-    """The epochs that are left, each saved when it is done; then the picture."""
+    """The epochs that are left, each saved when it is done; then the report."""
     optimizer = build_optimizer(loss, flags.lr, flags.momentum, flags.weight_decay, flags.beta_weight_decay)
     metrics = restore(run, loss, optimizer)
     first = distributed.rank() == 0
@@ -223,17 +227,19 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
             state = {"model": loss.model.state_dict(), "loss": own_state(loss), "optimizer": optimizer.state_dict()}
             run.record(metrics, entries | state, is_last)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
-    if first:
-        run.write_metrics(metrics)  # a kill may have come before it
-        plot_training(run.picture, run.checkpoint.stem, metrics, loss.model)
-    if not run.is_finished:
-        print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
+    write_report(run, metrics, loss.model)
+    print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
+
+
+def write_report(run: Run, metrics: list[dict], model: nn.Module) -> None:
+    """The metrics and the picture of a finished run; a kill may have come before them."""
+    if distributed.rank() == 0:
+        run.write_metrics(metrics)
+        plot_training(run.picture, run.checkpoint.stem, metrics, model)
 
 
 def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss) -> str:
-    """What is about to be trained, or was, in words."""
-    if run.is_finished:
-        return f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}"
+    """What is about to be trained, in words."""
     processes = f"; {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
     return (
@@ -259,8 +265,7 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
         raise UserError(f"{problem}; start again, with --overwrite") from error
-    if not run.is_finished:
-        load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
+    load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
     return run.saved["metrics"]
 
 

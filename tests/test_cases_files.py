@@ -124,6 +124,21 @@ def test_buffers_of_any_kind_resume_bit_identical_and_are_measured(folder, photo
     assert run_main(estimate_curvature, measuring, capsys).returncode == 0
 
 
+def test_a_finished_run_says_so_without_its_data(folder, photographs, monkeypatch, capsys):
+    flags = run_flags(photographs, folder, "--model-arch", "nets:tiny", "--num-epochs", 1, "--no-augment")
+    assert run_main(train_models, flags, capsys).returncode == 0
+    written = {path: path.read_bytes() for path in folder.glob("nets.tiny_imagefolder*")}
+    for path in written:
+        if path.suffix != ".pt":
+            path.unlink()  # as a kill may have done
+    monkeypatch.setattr(train_models, "load_dataset", None)
+    result = run_main(train_models, [*flags, "--resume"], capsys)
+    assert "is finished: learning_rate" in result.stdout, result.stderr
+    assert {path: path.read_bytes() for path in folder.glob("nets.tiny_imagefolder*")} == written
+    result = run_main(train_models, [*flags, "--resume", "--augment"], capsys)
+    assert_one_line_error(result, 2, "was started with --no-augment, not --augment;")
+
+
 def test_weights_of_losses_may_come_and_go(folder, photographs, monkeypatch, capsys):
     monkeypatch.setitem(regularized_loss.WEIGHTS, "reg_old", (0.5, "of a loss that was removed later"))
     flags = run_flags(photographs, folder, "--model-arch", "nets:tiny", "--num-epochs", 2)

@@ -42,6 +42,11 @@ class Run:
         """Whether the run was finished before it was opened."""
         return self.path == self.checkpoint
 
+    @property
+    def data_moved(self) -> bool:
+        """Whether the data are elsewhere than where the run that goes on was started."""
+        return self.saved["flags"].get("data_dir") != self.flags["data_dir"]
+
     def record(self, metrics: list[dict], entries: dict, is_last: bool) -> None:
         """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
 
