@@ -260,7 +260,7 @@ def test_reference_flag_spellings():
 def test_the_readmes_own_loss(photographs, tmp_path):
     """README, "Writing your own loss": its class and its two lines, put into a copy of the project as it says."""
     section = (ROOT / "README.md").read_text().split("## Writing your own loss")[1].split("\n## ")[0]
-    loss_class, weight, registry_line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    loss_class, weight, registry_line, loop = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     for part in ("curvature", "data", "models", "training", "utils"):
         shutil.copytree(ROOT / part, tmp_path / part)
     for part in ("train_models.py", "estimate_curvature.py"):
@@ -279,6 +279,8 @@ def test_the_readmes_own_loss(photographs, tmp_path):
     run_script("train_models.py", *tiny_run(photographs, tmp_path / "out", *flags), cwd=tmp_path)
     (row,) = read_metrics(tmp_path / "out" / f"vgg11_{name}_imagefolder_metrics.csv")
     assert set(row) > set(re.findall(r'"(\w+)":', loss_class))
+    result = subprocess.run([sys.executable, "-c", loop], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("tensor("), result.stderr
     # the weight has grown to a fifth of its value in the first of five epochs
     assert float(row["train_loss"]) == pytest.approx(
         float(row["raw_loss"]) + 0.5 / 5 * float(row["sparsity"]), rel=1e-5
