@@ -251,15 +251,17 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
             found = state.get(key, own)
             if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
                 raise TypeError(f"{key} is of {found.dtype}")
-        weights = {key: weight for key, weight in model.named_parameters() if weight.is_floating_point()}
-        own_dtypes = {weight.dtype for weight in weights.values()}
-        dtypes = {torch.promote_types(weight.dtype, state.get(key, weight).dtype) for key, weight in weights.items()}
+        weights = [(key, weight.dtype) for key, weight in model.named_parameters() if weight.is_floating_point()]
+        pairs = {(own, state[key].dtype if key in state else own) for key, own in weights}
+        dtypes = {torch.promote_types(*pair) for pair in pairs}
         dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
-        if any(weight.is_meta for weight in weights.values()):
+        for narrow in {theirs for _, theirs in pairs} - dtypes:
+            print(f"{path}: weights of {narrow} are measured in {str(dtype).removeprefix('torch.')}")
+        if any(weight.is_meta for weight in model.parameters()):
             model.load_state_dict(state, assign=True)
             model.to(dtype=dtype, memory_format=torch.contiguous_format)
         else:
-            if dtypes != own_dtypes:
+            if dtypes != {own for own, _ in pairs}:
                 model.to(dtype)
             model.load_state_dict(state)
     except UserError:

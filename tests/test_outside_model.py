@@ -189,12 +189,13 @@ def test_old_files_do_not_count_batches(user_file):
         ({"0.weight": torch.float64}, [torch.float64, torch.float64]),
     ],
 )
-def test_the_parameters_decide_the_dtype(user_file, in_file, expected):
+def test_the_parameters_decide_the_dtype(user_file, in_file, expected, capsys):
     state = build("my_models:ten").state_dict()
     state |= {key: state[key].to(dtype) for key, dtype in in_file.items()}
     model = build("my_models:ten", save(user_file / "weights.pt", state))
     assert [model[0].weight.dtype, model[1].running_mean.dtype] == expected
     assert torch.equal(model[0].weight, state["0.weight"].to(expected[0]))
+    assert ("torch.float16 are measured in float32" in capsys.readouterr().out) == (torch.float16 in in_file.values())
 
 
 def test_a_layer_of_the_models_own_called_module_is_no_prefix(user_file, capsys):
