@@ -24,7 +24,15 @@ from curvature.eigenvalues import methods
 from curvature.estimate import estimate_curvature as estimate_curvature
 from curvature.estimate import prepared
 from curvature.pictures import plot_layers, plot_results
-from curvature.results import averaged, comparison_table, format_summary, named, read_results, write_results
+from curvature.results import (
+    averaged,
+    comparison_table,
+    format_summary,
+    named,
+    read_results,
+    short_names,
+    write_results,
+)
 from curvature.subjects import Subject, add_subject_flags, check_subject_flags, for_examples, load_subjects
 from models.bound import LayerTable, format_layers, layer_table
 from utils import cli, distributed
@@ -149,7 +157,7 @@ def estimate(flags: argparse.Namespace) -> None:
             if flags.output and first:  # after each split: whatever happens later, this much is there
                 write_results(flags.output, pd.concat(measured), settings)
         if flags.layers and (table := report_layers(subject, pd.concat(measured))):
-            layers.append((Path(subject.name).stem, table))
+            layers.append((short_names(subject.name for subject in subjects)[subject.name], table))
 
     together = pd.concat(earlier + measured)
     if earlier or len(subjects) > 1:

@@ -21,7 +21,10 @@ def plot_results(path: Path, results: Sequence[tuple[str, pd.DataFrame]]) -> Non
     figure.set_figheight(4.8)  # the names below need room
     figure.suptitle("the examples of each model and split; bars: extremes and median", fontsize=9)
     kept = [rows[averaged(rows)] for _, rows in results]
-    labels = [f"{name}\n{rows['split'].iloc[0]}, {averaged(rows).sum()} examples" for name, rows in results]
+    labels = [  # a folder a line, as paths are long
+        name.replace("/", "/\n") + f"\n{rows['split'].iloc[0]}, {averaged(rows).sum()} examples"
+        for name, rows in results
+    ]
     drawn = np.array([i for i, rows in enumerate(kept) if len(rows)])
     for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
         if len(drawn):

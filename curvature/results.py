@@ -4,6 +4,9 @@ The columns are ``COLUMNS``; with --top-k also eigenvalue_2, ..., with --trace-p
 """
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -94,18 +97,25 @@ def format_summary(results: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """A name for each model: the end of its path without ".pt", with as many folders as tell it from the others."""
+    paths = {model: Path(re.sub(r"\.\w+$", "", model)).parts for model in models}
+    ends = {model: [str(Path(*p[-length:])) for length in range(1, len(p) + 1)] for model, p in paths.items()}
+    counts = Counter(end for own in ends.values() for end in own)
+    return {model: next((end for end in own if counts[end] == 1), model) for model, own in ends.items()}
+
+
 def named(results: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each model and split, with a short name for the model: its file's, longer where that is another's.
+    """The rows of each model and split, with a short name for the model.
 
     A column "source", if there is one, tells models of one name apart: the result file a row was read from.
     """
     results = results.assign(source=results.get("source", "")).fillna({"source": ""})
     models = results[["model", "source"]].drop_duplicates()
-    stems = models["model"].map(lambda model: Path(model).stem)
+    names = models["model"].map(short_names(models["model"]))
     files = models["source"].map(lambda source: source and f" ({Path(source).name})")
     paths = models["source"].map(lambda source: source and f" ({source})")
-    choices = [stems, models["model"], stems + files, models["model"] + paths]
-    models["name"] = next(names for names in choices if names.is_unique)
+    models["name"] = next(choice for choice in (names, names + files, names + paths) if choice.is_unique)
     groups = results.merge(models).groupby(["source", "model", "name", "split"], sort=False)
     return [(name, rows) for (_, _, name, _), rows in groups]
 

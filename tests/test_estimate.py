@@ -198,9 +198,12 @@ def test_names_are_as_long_as_it_takes_to_tell_models_apart():
         return [name for name, _ in named(results.assign(split="test"))]
 
     assert names(("a/x.pt", ""), ("a/y.pt", "1.csv")) == ["x", "y"]
-    assert names(("a/x.pt", ""), ("b/x.pt", "1.csv")) == ["a/x.pt", "b/x.pt"]
+    assert names(("a/x.pt", ""), ("b/x.pt", "1.csv")) == ["a/x", "b/x"]
+    assert names(("/r/s/a/c/x.pt", ""), ("/r/s/b/c/x.pt", ""), ("/r/y.pt", "")) == ["a/c/x", "b/c/x", "y"]
+    assert names(("x.pt", ""), ("a/x.pth", ""), ("./a/x.pt", "")) == ["x.pt", "a/x.pth", "./a/x.pt"]
+    assert names(("m.nets:vgg", ""), ("m.nets:resnet", "")) == ["m.nets:vgg", "m.nets:resnet"]
     assert names(("a/x.pt", ""), ("a/x.pt", "r/1.csv")) == ["x", "x (1.csv)"]
-    assert names(("a/x.pt", "r/1.csv"), ("a/x.pt", "s/1.csv")) == ["a/x.pt (r/1.csv)", "a/x.pt (s/1.csv)"]
+    assert names(("a/x.pt", "r/1.csv"), ("a/x.pt", "s/1.csv")) == ["x (r/1.csv)", "x (s/1.csv)"]
 
 
 def table(**changes) -> pd.DataFrame:
