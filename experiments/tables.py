@@ -92,8 +92,12 @@ def robustness_table(runs: list[Run]) -> pd.DataFrame:
 
 def mean_and_sd(rows: pd.DataFrame, name: str) -> list[str]:
     """Cells "mean ± sd", or as much of it as there is."""
-    means, sds = rows[name].map("{:.4g}".format, "ignore"), rows[f"{name}_sd"].map(" ± {:.2g}".format, "ignore")
-    return list(means.fillna("") + sds.fillna(""))
+
+    def cell(template: str, number: float) -> str:
+        return "" if pd.isna(number) else template.format(number)
+
+    pairs = zip(rows[name], rows[f"{name}_sd"], strict=True)
+    return [cell("{:.4g}", mean) + cell(" ± {:.2g}", sd) for mean, sd in pairs]
 
 
 def markdown(columns: dict[str, list[str]]) -> str:
