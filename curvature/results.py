@@ -14,6 +14,7 @@ import pandas as pd
 
 from utils.errors import UserError, one_line
 from utils.files import write_atomically
+from utils.numerics import at_chance
 
 QUANTITIES = {
     "gradient_norm": "gradient norm ||grad l||",
@@ -27,6 +28,8 @@ COLUMNS |= {"products": "int64", "converged": "bool"}
 PROBED = ("trace", "curvature_score", "frobenius_norm")
 LEFT_OUT = ("not finite", "zero gradient", "zero Hessian")
 INDICES_SHOWN = 5
+AT_CHANCE = "at chance: no better, within two standard errors, than always answering the most frequent label; "
+AT_CHANCE += "little curvature is no merit there"
 
 
 def left_out(results: pd.DataFrame) -> pd.Series:
@@ -55,13 +58,15 @@ def summarize(results: pd.DataFrame) -> dict:
     """Examples, distributions and convergence of the rows of one model and split, in plain numbers."""
     reasons = left_out(results)
     kept = results[reasons == ""]
+    accuracy = 100 * float((results["predicted"] == results["label"]).mean())
     measured = [*QUANTITIES, *results.filter(regex=f"^(eigenvalue_|{'|'.join(PROBED)})")]
     return {
         "examples": len(results),
         "averaged": len(kept),
         "left_out": {reason: int((reasons == reason).sum()) for reason in LEFT_OUT},
         **{name: distribution(kept[name]) for name in measured},
-        "accuracy": 100 * float((results["predicted"] == results["label"]).mean()),
+        "accuracy": accuracy,
+        "at_chance": at_chance(accuracy, results["label"]),
         "worst_residual": max(kept["residual"], default=0.0),
         "converged": int(kept["converged"].sum()),
         "products": int(results["products"].sum()),
@@ -73,6 +78,7 @@ def format_summary(results: pd.DataFrame) -> str:
     summary = summarize(results)
     count, kept, converged = summary["examples"], summary["averaged"], summary["converged"]
     lines = [f"  {results['split'].iloc[0]}, {count} examples, accuracy {summary['accuracy']:.2f} %"]
+    lines += [f"    {AT_CHANCE}"] if summary["at_chance"] else []
     lines.append(f"    {'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %")
     titles = QUANTITIES | {f"{name}_error": "  its standard error" for name in PROBED}
     for name, d in summary.items():
@@ -126,13 +132,18 @@ def comparison_table(results: pd.DataFrame) -> str:
     width = max(len("model"), *(len(name) for name, _ in groups))
     heads = ("accuracy", "||grad l||", "||hess l||", "C", "median C", "converged")
     lines = [f"{'model':<{width}}  split  examples" + "".join(f"{head:>12}" for head in heads)]
+    any_at_chance = False
     for name, rows in groups:
         summary = summarize(rows)
+        any_at_chance |= summary["at_chance"]
         numbers = [summary[quantity]["mean"] for quantity in QUANTITIES] + [summary["curvature"]["median"]]
-        cells = [f"{summary['accuracy']:.2f} %", *(f"{number:.4g}" for number in numbers)]
+        mark = "*" if summary["at_chance"] else " "
+        cells = [f"{summary['accuracy']:.2f} %{mark}", *(f"{number:.4g}" for number in numbers)]
         cells.append(f"{summary['converged'] / max(1, summary['averaged']):.0%}")
         row = "".join(f"{cell:>12}" for cell in cells)
         lines.append(f"{name:<{width}}  {rows['split'].iloc[0]:<5}  {len(rows):>8}{row}")
+    if any_at_chance:
+        lines.append(f"* {AT_CHANCE}")
     for split in sorted(set(results["split"])):
         if len({tuple(rows["index"]) for _, rows in groups if rows["split"].iloc[0] == split}) > 1:
             lines.append(f"not all rows of the {split} split are of the same examples")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from curvature.pictures import plot_results
-from curvature.results import QUANTITIES, averaged, read_results
+from curvature.results import AT_CHANCE, QUANTITIES, averaged, read_results
 from experiments.robustness import ATTACKS, STABILITY, plot_robustness, summarize
 from utils.files import write_atomically
+from utils.numerics import at_chance
 
 # columns of table.csv, beside their standard deviations over seeds, and headings of table.md
 COLUMNS = {
@@ -58,13 +59,15 @@ class Run:
 
 
 def curvature_table(runs: list[Run]) -> pd.DataFrame:
-    """table.csv: a row a method and split, with means over seeds of means over examples."""
+    """table.csv: a row a method and split, with means over seeds of means over examples; at_chance counts seeds."""
     results = pd.concat([run.results() for run in runs])
     results = results.assign(examples=1, averaged=averaged(results))
     results["converged"] &= results["averaged"]
     results[list(QUANTITIES)] = results[list(QUANTITIES)].where(results["averaged"])
     numbers = dict.fromkeys(QUANTITIES, "mean") | dict.fromkeys(COUNTS, "sum")
-    by_seed = results.groupby(["method", "split", "seed"]).agg(numbers).reset_index()
+    by_seed = results.groupby(["method", "split", "seed"])
+    chance = [at_chance(100 * (rows["predicted"] == rows["label"]).mean(), rows["label"]) for _, rows in by_seed]
+    by_seed = by_seed.agg(numbers).assign(at_chance=chance).reset_index()
 
     training = pd.DataFrame([run.training() for run in runs])
     standard = training[training["method"] == "Standard"].set_index("seed")["seconds"]
@@ -72,7 +75,8 @@ def curvature_table(runs: list[Run]) -> pd.DataFrame:
     groups = training.merge(by_seed).groupby(["method", "split"], sort=False)
     over_seeds = groups[list(COLUMNS)].agg(["mean", "std"])  # std: with n - 1, so NaN for one seed
     over_seeds.columns = [name if number == "mean" else f"{name}_sd" for name, number in over_seeds.columns]
-    return pd.concat([groups.size().rename("seeds"), over_seeds, groups[COUNTS].sum()], axis=1).reset_index()
+    counts = groups[[*COUNTS, "at_chance"]].sum()
+    return pd.concat([groups.size().rename("seeds"), over_seeds, counts], axis=1).reset_index()
 
 
 def robustness_table(runs: list[Run]) -> pd.DataFrame:
@@ -133,8 +137,12 @@ def curvature_markdown(table: pd.DataFrame, description: str) -> str:
     for split, rows in table.groupby("split"):
         count = (rows["examples"] // rows["seeds"]).max()
         columns = {title: mean_and_sd(rows, name) for name, title in COLUMNS.items()}
+        accuracies = columns[COLUMNS["test_accuracy"]]
+        for i, count in enumerate(rows["at_chance"]):
+            accuracies[i] += " †" if count else ""
         title = f"Gradient, Hessian and curvature at {count} {split} examples:"
         parts += [title, markdown({"method": rows["method"], **columns})]
+        parts += [f"† At least one network {AT_CHANCE}."] if rows["at_chance"].any() else []
     return "\n\n".join(parts) + "\n"
 
 

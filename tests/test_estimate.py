@@ -165,7 +165,7 @@ def test_earlier_results_are_compared_in_one_table_and_picture(tmp_path, run, ca
     assert [line.split("  ")[0] for line in lines[1:5]] == [
         f"my_models:ready ({name})" for name in ("a.csv", "a.json") for _ in "tt"
     ]
-    assert len(lines) == 6  # a header, two splits twice, the picture
+    assert len(lines) == 7  # a header, two splits twice, that they are at chance, the picture
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,7 +1,8 @@
 """Small numerics: random numbers by example, norms, comparing tensors, a model held still."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -63,6 +64,17 @@ def same(a: Tensor, b: Tensor, rtol: float) -> bool:
     a, b = a.float(), b.float()
     scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0
     return torch.allclose(a, b, rtol=0, atol=rtol * scale, equal_nan=True)
+
+
+def at_chance(accuracy: float, labels: Iterable[int]) -> bool:
+    """Whether an accuracy in percent is no better, within two standard errors, than the most frequent label's share.
+
+    Always answering that label is what a network does that has learned nothing. A perfect one never counts as such.
+    """
+    counts = Counter(labels)
+    share = max(counts.values()) / counts.total()
+    error = (share * (1 - share) / counts.total()) ** 0.5
+    return accuracy < 100 and accuracy / 100 <= share + 2 * error
 
 
 def tensors(value) -> Iterator[Tensor]:
