@@ -75,18 +75,20 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def denormals_flushed() -> Iterator[None]:
+def denormals_flushed(flushed: bool = True) -> Iterator[None]:
     """Numbers below 1e-38 become 0. A smooth ReLU puts out many, and CPUs are slow with them.
+
+    Within this context, denormals_flushed(False) keeps them for a while, as torch does by itself.
 
     A thread has its own setting, and inherits it from the thread that starts it. So both changes end torch's worker
     threads: the next operation starts others.
     """
     try:
-        torch.set_flush_denormal(True)
+        torch.set_flush_denormal(flushed)
         end_worker_threads()
         yield
     finally:
-        torch.set_flush_denormal(False)  # what is measured later in this process needs them
+        torch.set_flush_denormal(not flushed)  # what is measured later in this process needs them
         end_worker_threads()
 
 
@@ -94,6 +96,23 @@ def end_worker_threads() -> None:
     """Let OpenMP end its idle threads; where torch is built on another library they stay as they are."""
     with suppress(AttributeError):
         ctypes.CDLL(None).omp_pause_resource_all(PAUSE_SOFT)
+
+
+@contextmanager
+def autocast_taken_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before autocast_to_bfloat16, with gradients too; wrapped again afterwards."""
+    ours = (forward_in_bfloat16, forward_in_float32)
+    wrapped = [m for m in model.modules() if getattr(vars(m).get("forward"), "func", None) in ours]
+    forwards = [module.forward for module in wrapped]
+    try:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            del module.forward
+            if module.forward != forward.args[0]:  # one that the instance had of its own
+                module.forward = forward.args[0]
+        yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            module.forward = forward
 
 
 @contextmanager
