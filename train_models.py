@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from curvature.results import QUANTITIES
+from curvature.self_check import check_model
+from curvature.subjects import EXAMPLES_TO_CHECK
 from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import ImageData, datasets, load_dataset
 from models.checkpoint import build_model, fill_buffers, load_weights
@@ -38,7 +41,7 @@ from training.epoch import (
     train_epoch,
     unregistered,
 )
-from training.report import count_parameters, format_metrics, plot_training
+from training.report import count_parameters, format_metrics, mean_curvature, plot_training, remark_on_chance
 from training.run_files import Run, check_same_data, open_run
 from utils import cli, distributed
 from utils.errors import UsageError, UserError, one_line
@@ -114,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
     adversarial.add_argument("--adv-steps", type=cli.positive_int, default=3, help="its gradient steps")
     adversarial.add_argument("--adv-step-size", type=cli.pixel_distance, default=0.01, help="length of a step")
 
+    watching = parser.add_argument_group("watching")
+    measuring = "add the mean curvature of N test images to each epoch's metrics"
+    watching.add_argument("--measure-curvature", type=cli.positive_int, metavar="N", help=measuring)
+    keeping = "keep the checkpoint of every K-th epoch, as ..._epoch<k>.pt"
+    watching.add_argument("--save-every", type=cli.positive_int, metavar="K", help=keeping)
+
     files = parser.add_argument_group("files")
     files.add_argument("--data-dir", default="datasets", help="where the data set's files are, or go")
     files.add_argument("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
@@ -182,6 +191,8 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
     try_forward(network, images, num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):
         check_training(network, images, num_classes, flags.model_arch)
+    if flags.measure_curvature:
+        check_model(network, to_pixels(data.test.images[:EXAMPLES_TO_CHECK]), num_classes, flags.model_arch)
     if flags.bn_momentum:
         set_batchnorm_momentum(network, flags.bn_momentum)
     if flags.calibrate_batchnorm:
@@ -228,6 +239,8 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
             run.record(metrics, entries | state, is_last)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
     write_report(run, metrics, loss.model)
+    if remark := remark_on_chance(metrics[-1], data):
+        print(remark)
     print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
 
 
@@ -316,6 +329,11 @@ def train_one_epoch(
     if not all(math.isfinite(value) for value in row.values()):
         remedy = "nothing of it was saved. A smaller --lr may help"
         raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; {remedy}")
+    if flags.measure_curvature:
+        if taken := terms.keys() & QUANTITIES.keys():
+            problem = f"--measure-curvature: {type(loss).__name__} has a term {min(taken)!r}, the name of its column"
+            raise UsageError(f"{problem}; rename it")
+        row |= mean_curvature(loss.model, data, flags)
     return row | {"seconds": seconds, "images_per_second": len(data.train) / seconds}
 
 

@@ -1,15 +1,27 @@
 """What a run tells: a line an epoch, and the picture it leaves beside its checkpoint."""
 
+import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from curvature.estimate import estimate_curvature, prepared
+from curvature.results import QUANTITIES, averaged
+from curvature.subjects import Subject, for_examples
+from data.datasets import ImageData
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from training.epoch import COLUMNS
+from utils.distributed import world_size
+from utils.numerics import at_chance
 from utils.plots import draw_bars, new_figure, save_figure
+from utils.precision import autocast_taken_off, denormals_flushed
 
 FORMATS = {"learning_rate": "g", "test_accuracy": ".2f", "seconds": ".1f", "images_per_second": ".0f"}
+FORMATS |= dict.fromkeys(QUANTITIES, ".4g")
+# estimate_curvature.py's defaults
+NUM_PRODUCTS = 10
+BATCH_SIZE = 64
 
 
 def format_metrics(row: dict[str, float]) -> str:
@@ -27,19 +39,51 @@ def count_parameters(loss: nn.Module) -> str:
     return ", ".join(filter(None, parts))
 
 
+def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace) -> dict[str, float]:
+    """Means over --measure-curvature test images: the images, and the numbers, of estimate_curvature.py's defaults.
+
+    The model and the settings of training are left as they are, and nothing is drawn from the global generators. Of
+    several processes each measures its share. NaN where no image enters the averages.
+    """
+    batch_size = -(-min(BATCH_SIZE, flags.batch_size, flags.measure_curvature) // world_size())
+    chosen = {"split": "test", "num_samples": flags.measure_curvature, "prng_seed": flags.prng_seed}
+    chosen = argparse.Namespace(**chosen, batch_size=batch_size)
+    subject = Subject(flags.model_arch, flags.model_arch, model, flags.dataset, data)
+    with denormals_flushed(False), autocast_taken_off(model), prepared(model) as network:
+
+        def columns(images: Tensor, labels: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+            return estimate_curvature(network, images, labels, "lanczos", NUM_PRODUCTS, generator=generators).columns()
+
+        (results,) = for_examples(subject, chosen, columns)
+    return results.loc[averaged(results), list(QUANTITIES)].mean().to_dict()
+
+
+def remark_on_chance(row: dict[str, float], data: ImageData) -> str | None:
+    """What to try where a network tells the test images apart no better than chance, whatever its other numbers."""
+    if not at_chance(row["test_accuracy"], data.test.labels.tolist()):
+        return None
+    return (
+        f"the train loss is {row['train_loss']:.4g}, but a test accuracy of {row['test_accuracy']:.2f} % is at chance, "
+        "no better than always answering one class; train for more epochs, or try --calibrate-batchnorm, a larger "
+        "--bn-momentum, or smaller penalties"
+    )
+
+
 def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module) -> None:
     """The curves of a run, from a dict per epoch, and for a low-curvature network beta and gamma by layer."""
     with torch.no_grad():
         betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
         gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    figure, axes = new_figure(3 + bool(betas) + bool(gammas))
+    measured = [name for name in QUANTITIES if name in metrics[0]]
+    figure, axes = new_figure(3 + bool(measured) + bool(betas) + bool(gammas))
     figure.suptitle(title)
-    penalties = [name for name in metrics[0] if name not in (*COLUMNS, "raw_loss")]
+    penalties = [name for name in metrics[0] if name not in (*COLUMNS, *measured, "raw_loss")]
     panels = {
         "loss": [name for name in ("train_loss", "raw_loss", "test_loss") if name in metrics[0]],
         "test accuracy, %": ["test_accuracy"],
         "unweighted penalty terms" if penalties else "learning rate": penalties or ["learning_rate"],
     }
+    panels |= {"means over test images": measured} if measured else {}
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         for name in names:
             values = [row[name] for row in metrics]
@@ -47,8 +91,9 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         axis.set(xlabel="epoch", title=panel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
-    axes[2].set_yscale("log")
+    for axis in axes[2 : len(panels)]:
+        axis.set_yscale("log")
     bars = {"beta by activation": betas, "gamma by BatchNorm": gammas}
-    for axis, name in zip(axes[3:], [name for name, values in bars.items() if values], strict=True):
+    for axis, name in zip(axes[len(panels) :], [name for name, values in bars.items() if values], strict=True):
         draw_bars(axis, name, bars[name])
     save_figure(figure, path)

@@ -1,6 +1,7 @@
 """The files of one training run, and the rules that keep one run from overwriting another."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from utils.errors import UsageError, UserError, one_line
 from utils.files import make_room, remove_leftovers, write_atomically
 
 # flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
-MACHINE_FLAGS = {"device", "num_threads", "output_dir", "download", "resume", "overwrite"}
+MACHINE_FLAGS = {"device", "num_threads", "output_dir", "save_every", "download", "resume", "overwrite"}
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Run:
     """A run's files, what --resume found in them, and whether they are still those of the run that it replaces.
 
     <arch>[_<regularizer>][_adversarial]_<dataset>.pt is written at the run's end, ....unfinished.pt after each epoch
-    before it. In package.module:callable a dot replaces the colon, and --lcnn adds "lcnn".
+    before it, and ..._epoch<k>.pt after those that --save-every keeps. In package.module:callable a dot replaces the
+    colon, and --lcnn adds "lcnn".
     """
 
     checkpoint: Path
@@ -33,6 +35,7 @@ class Run:
     picture: Path
     image_size: int
     flags: dict  # what the checkpoint records of them
+    save_every: int | None = None  # the checkpoint of every so many-th epoch is kept
     path: Path | None = None  # of the checkpoint to go on from
     saved: dict | None = None  # its content
     replaces: bool = False  # another run, with --overwrite, until its own first epoch is saved
@@ -47,6 +50,15 @@ class Run:
         """Whether the data are elsewhere than where the run that goes on was started."""
         return self.saved["flags"].get("data_dir") != self.flags["data_dir"]
 
+    def epoch_file(self, epoch: int) -> Path:
+        """Where --save-every keeps the checkpoint of an epoch."""
+        return self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
+
+    def epoch_files(self) -> list[Path]:
+        """The epochs' checkpoints that are there, this run's or those of one that it replaces."""
+        name = re.compile(re.escape(self.checkpoint.stem) + r"_epoch\d+\.pt")
+        return [path for path in self.checkpoint.parent.iterdir() if name.fullmatch(path.name)]
+
     def record(self, metrics: list[dict], entries: dict, is_last: bool) -> None:
         """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
 
@@ -55,14 +67,22 @@ class Run:
             entries: the checkpoint's other entries; a finished one does without the optimizer's.
         """
         own = {"image_size": self.image_size, "flags": self.flags, "epoch": len(metrics), "metrics": metrics}
+        trained = {name: entry for name, entry in entries.items() if name != "optimizer"} | own
+        kept = self.epoch_file(len(metrics)) if self.save_every and len(metrics) % self.save_every == 0 else None
+        if kept:  # before the epoch counts as done, so that a killed run keeps it when it goes on
+            remove_leftovers(kept)
+            save_checkpoint(kept, trained)
         if is_last:
-            save_checkpoint(self.checkpoint, {n: e for n, e in entries.items() if n != "optimizer"} | own)
+            save_checkpoint(self.checkpoint, trained)
             self.unfinished.unlink(missing_ok=True)
         else:
             save_checkpoint(self.unfinished, entries | own)
             if self.replaces:
                 self.checkpoint.unlink(missing_ok=True)
                 self.picture.unlink(missing_ok=True)
+        if self.replaces:
+            for stale in set(self.epoch_files()) - {kept}:
+                stale.unlink(missing_ok=True)
         self.replaces = False
         self.write_metrics(metrics)
 
@@ -86,7 +106,7 @@ def name_run(flags: argparse.Namespace) -> Run:
     image_size = flags.image_size or datasets[flags.dataset].image_size
     recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded |= {"data_dir": str(Path(flags.data_dir).resolve()), "image_size": image_size}
-    return Run(*paths, image_size, recorded)
+    return Run(*paths, image_size, recorded, flags.save_every)
 
 
 @contextmanager
@@ -150,7 +170,7 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
         if path:
             remedy = "pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
             raise UsageError(f"{path} exists; {remedy}")
-        for path in (run.metrics, run.picture):
+        for path in (run.metrics, run.picture, *run.epoch_files()):
             if path.exists():
                 remedy = "pass --overwrite to replace it, or another --output-dir"
                 raise UsageError(f"{path} exists, without its checkpoint; {remedy}")

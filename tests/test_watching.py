@@ -1,0 +1,251 @@
+"""What tells how a run goes: curvature after each epoch, epochs' checkpoints, and networks at chance."""
+
+import argparse
+import json
+import shutil
+import signal
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main
+from torch import nn
+
+import estimate_curvature
+import train_models
+from curvature.results import QUANTITIES, comparison_table, format_summary, summarize
+from data.batches import Split
+from data.datasets import ImageData
+from experiments.tables import Run as ComparedRun
+from experiments.tables import curvature_markdown, curvature_table, mean_and_sd
+from models.checkpoint import read_checkpoint
+from models.model_selector import model_architecture
+from regularized_loss import CELoss, regularizers
+from tests.test_command_line import states_equal
+from tests.test_distributed import finish, launch
+from training.report import mean_curvature
+from training.run_files import Run
+from utils.numerics import at_chance
+from utils.precision import denormals_flushed
+
+NETS = """
+from torch import nn
+def make():
+    first = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Softplus())
+    return nn.Sequential(first, nn.Flatten(), nn.Linear(196, 2))
+class Rounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(768, 2)
+    def forward(self, x):
+        return self.linear(x.flatten(1)).round()
+"""
+
+
+@pytest.fixture
+def watched(photographs, tmp_path, monkeypatch, capsys):
+    """watched(folder, flags...) trains a small network into the folder; what it printed, or the folder's checkpoint."""
+    (tmp_path / "small_net.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
+    data = ["--dataset", "imagefolder", "--data-dir", photographs]
+
+    def run(folder, *flags):
+        flags = ["--batch-size", 10, "--lr", 0.01, "--device", "cpu", "--output-dir", tmp_path / folder, *flags]
+        return run_main(train_models, [*data, "--image-size", 16, *flags], capsys)
+
+    return run
+
+
+def row_of(checkpoint, folder, capsys) -> dict:
+    """What estimate_curvature.py measures of 7 test images of a checkpoint."""
+    flags = ["--model-filename", checkpoint, "--split", "test", "--num-samples", 7, "--output", folder / "found.json"]
+    arch = read_checkpoint(checkpoint)["model_arch"] if "small_net" not in checkpoint.name else "small_net:make"
+    result = run_main(estimate_curvature, [*flags, "--model-arch", arch], capsys)
+    assert result.returncode == 0, result.stderr
+    (part,) = json.loads((folder / "found.json").read_text())["measurements"]
+    return {name: part["summary"][name]["mean"] for name in QUANTITIES}
+
+
+@pytest.mark.parametrize(
+    ("arch", "more"),
+    [
+        ("resnet18lcnn", ["--regularizer", "curvature_and_gnorm"]),
+        ("resnet18lcnn", ["--regularizer", "gnorm", "--precision", "bf16"]),
+        ("small_net:make", ["--adversarial-training", "--precision", "bf16"]),
+    ],
+)
+def test_the_curvature_of_each_epoch_is_its_checkpoints(arch, more, watched, tmp_path, capsys):
+    """Measured or not, the run is the same bits; what it measured is what the script measures afterwards."""
+    flags = ["--model-arch", arch, *more, "--num-epochs", 3]
+    watching = ["--measure-curvature", 7, "--save-every", 2]
+    for folder, extra in (("plain", []), ("watched", watching)):
+        result = watched(folder, *flags, *extra)
+        assert result.returncode == 0, result.stderr
+    folder = tmp_path / "watched"
+    (path,) = (tmp_path / "plain").glob("*.pt")
+    names = {file.name for file in folder.iterdir()}
+    assert names == {file.name for file in (tmp_path / "plain").iterdir()} | {f"{path.stem}_epoch2.pt"}
+    plain, whole = read_checkpoint(path), read_checkpoint(folder / path.name)
+    assert states_equal(plain["model"], whole["model"])
+    unmeasured = [{k: v for k, v in row.items() if k not in QUANTITIES} for row in whole["metrics"]]
+    assert states_equal(plain["metrics"], unmeasured)
+    rows = pd.read_csv(folder / f"{path.stem}_metrics.csv")
+    for epoch, file in ((2, f"{path.stem}_epoch2.pt"), (3, path.name)):
+        found = dict(rows[list(QUANTITIES)].iloc[epoch - 1])
+        assert found == pytest.approx(row_of(folder / file, tmp_path, capsys), rel=1e-5)
+    assert "optimizer" not in read_checkpoint(folder / f"{path.stem}_epoch2.pt")
+
+
+def test_a_resumed_run_goes_on_watching(watched, tmp_path, monkeypatch):
+    flags = ["--model-arch", "small_net:make", "--num-epochs", 3, "--measure-curvature", 7]
+    name = "small_net.make_imagefolder"
+    assert watched("whole", *flags, "--save-every", 1).returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert watched("broken", *flags, "--save-every", 1).returncode == 130
+    other = watched("broken", *flags[:-1], 5, "--resume")  # other columns would be of other images
+    assert_one_line_error(other, 2, "--measure-curvature 7, not 5")
+    assert watched("broken", *flags, "--save-every", 3, "--resume").returncode == 0  # where files go may change
+    whole, broken = (read_checkpoint(tmp_path / folder / f"{name}.pt") for folder in ("whole", "broken"))
+    assert states_equal(whole, broken)
+    kept = {folder: sorted(p.name for p in (tmp_path / folder).glob("*_epoch*")) for folder in ("whole", "broken")}
+    assert kept["whole"] == [f"{name}_epoch{k}.pt" for k in (1, 2, 3)]
+    assert kept["broken"] == [f"{name}_epoch{k}.pt" for k in (1, 3)]
+
+
+def test_epochs_of_a_replaced_run_do_not_stay(watched, tmp_path):
+    flags = ["--model-arch", "small_net:make", "--num-epochs", 2]
+    folder, name = tmp_path / "run", "small_net.make_imagefolder"
+    assert watched("run", *flags, "--save-every", 1).returncode == 0
+    mine = shutil.copy(folder / f"{name}_epoch1.pt", folder / f"{name}_epoch1_mine.pt")
+    failed = watched("run", *flags, "--overwrite", "--lr", 1e30)  # until there is something in their place
+    assert failed.returncode == 1
+    assert {path.name for path in folder.glob(f"{name}_epoch?.pt")} == {f"{name}_epoch{k}.pt" for k in (1, 2)}
+    assert watched("run", *flags, "--overwrite", "--save-every", 2, "--seed", 3).returncode == 0
+    assert {path.name for path in folder.glob("*.pt")} == {f"{name}.pt", f"{name}_epoch2.pt", mine.name}
+    assert read_checkpoint(folder / f"{name}_epoch2.pt")["flags"]["prng_seed"] == 3
+    for end in (".pt", "_metrics.csv", ".png"):
+        (folder / f"{name}{end}").unlink()
+    assert_one_line_error(watched("run", *flags), 2, "_epoch2.pt exists, without its checkpoint", "--overwrite")
+
+
+def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(watched, monkeypatch):
+    result = watched("run", "--model-arch", "small_net:Rounded", "--measure-curvature", 7)
+    assert_one_line_error(result, 1, "small_net:Rounded: its logits do not depend differentiably on the pixels")
+    assert "epoch 1" not in result.stdout
+
+    class Named(CELoss):
+        def compute_loss(self, input, target):
+            self.metadata = {"curvature": 1.0}
+            return self.losses(input, target).mean()
+
+    monkeypatch.setitem(regularizers, "named", lambda model, flags: Named(model))
+    flags = ["--model-arch", "small_net:make", "--regularizer", "named", "--num-epochs", 1]
+    assert_one_line_error(watched("run", *flags, "--measure-curvature", 2), 2, "Named", "'curvature'", "rename it")
+    assert watched("run", *flags).returncode == 0
+
+
+def test_two_processes_measure_what_one_does(watched, photographs, tmp_path, capsys):
+    flags = ["--model-arch", "small_net:make", "--dataset", "imagefolder", "--data-dir", photographs]
+    flags += ["--image-size", 16, "--batch-size", 10, "--lr", 0.01, "--num-epochs", 2, "--measure-curvature", 7]
+    finish(launch(2, ROOT / "train_models.py", *flags, "--output-dir", tmp_path / "two"))
+    path = tmp_path / "two" / "small_net.make_imagefolder.pt"
+    found = {name: read_checkpoint(path)["metrics"][-1][name] for name in QUANTITIES}
+    assert found == pytest.approx(row_of(path, tmp_path, capsys), rel=1e-5)
+
+
+class Sure(nn.Module):
+    """Two logits, some 92 apart: the loss is below float32's smallest normal number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 48) / 48)
+
+    def forward(self, x):
+        logit = x.flatten(1) @ self.weight
+        return torch.stack([logit + 92, -logit.square()], dim=1)
+
+
+def test_measuring_in_training_keeps_denormals_and_leaves_training_as_it_is():
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.zeros(5, dtype=torch.int64))
+    flags = argparse.Namespace(batch_size=2, measure_curvature=4, prng_seed=1, model_arch="m:sure", dataset="none")
+    state = torch.get_rng_state()
+    with denormals_flushed():
+        found = mean_curvature(Sure(), ImageData(split, split, ["a", "b"], True), flags)
+        assert torch.tensor([1e-39]) * 1.0 == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 0 < found["gradient_norm"] < 1e-38
+
+
+@pytest.mark.parametrize(
+    ("correct", "counts", "expected"),
+    [
+        (37, [36] * 10, True),  # digits: a tenth, give or take 1.6 %
+        (48, [36] * 10, False),  # and 13.2 % is above 10 % + 2 * 1.58 %
+        (47, [36] * 10, True),
+        (90, [90, 10], True),  # always the first of two
+        (97, [90, 10], False),
+        (95, [90, 10], True),
+        (4, [4], False),  # a perfect network of one class
+        (3, [4], True),
+        (4, [1, 1, 1, 1], False),
+        (0, [2, 2], True),
+    ],
+)
+def test_what_is_at_chance(correct, counts, expected):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    assert at_chance(100 * correct / len(labels), labels) is expected
+
+
+def answers(model: str, predicted: list[int]) -> pd.DataFrame:
+    """Results of 50 examples of 5 classes, of which a model answers ``predicted``."""
+    columns = dict.fromkeys(("gradient_norm", "hessian_norm", "curvature", "eigenvalue", "loss"), 1.0)
+    columns |= {"index": range(50), "label": [0, 1, 2, 3, 4] * 10, "predicted": predicted}
+    columns |= {"residual": 1e-4, "products": 7, "converged": True}
+    return pd.DataFrame({"model": model, "split": "test", **columns})
+
+
+def test_a_network_at_chance_is_marked_wherever_it_is_compared(tmp_path):
+    good, constant = answers("good.pt", [0, 1, 2, 3, 4] * 10), answers("constant.pt", [3] * 50)
+    assert (summarize(good)["at_chance"], summarize(constant)["at_chance"]) == (False, True)
+    assert "at chance" in format_summary(constant)
+    assert "at chance" not in format_summary(good)
+    lines = comparison_table(pd.concat([good, constant])).splitlines()
+    assert ["*" in line for line in lines] == [False, False, True, True]
+    assert lines[-1].startswith("* at chance: ")
+    assert "at chance" not in comparison_table(good)
+
+    runs = []
+    for method, seed, rows in (("Standard", 1, good), ("LCNN", 1, good), ("Standard", 2, good), ("LCNN", 2, constant)):
+        run = ComparedRun(method, tmp_path / method / f"seed{seed}")
+        run.folder.mkdir(parents=True)
+        rows.to_csv(run.curvature, index=False)
+        metrics = pd.DataFrame({"test_accuracy": [55.5], "seconds": [1.0]})
+        metrics.to_csv(run.folder / "x_metrics.csv", index=False)
+        runs.append(run)
+    table = curvature_table(runs)
+    assert dict(zip(table["method"], table["at_chance"], strict=True)) == {"Standard": 0, "LCNN": 1}
+    text = curvature_markdown(table, "a caption")
+    standard, lcnn = (next(line for line in text.splitlines() if f"| {m} |" in line) for m in ("Standard", "LCNN"))
+    assert ("†" in standard, "55.5 ± 0 †" in lcnn) == (False, True)
+    assert text.count("† At least one network at chance: ") == 1
+
+
+def test_cells_of_a_table_with_and_without_standard_deviations():
+    rows = pd.DataFrame({"a": [1.23456, 2.0, None], "a_sd": [0.125, None, None], "b": [1.0] * 3, "b_sd": [None] * 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mean_and_sd(rows, "a") == ["1.235 ± 0.12", "2", ""]
+        assert mean_and_sd(rows.astype({"b_sd": "float64"}), "b") == ["1"] * 3
+
+
+def test_training_that_ends_at_chance_says_so_once(watched, monkeypatch):
+    flags = ["--model-arch", "small_net:make", "--num-epochs", 3]
+    for accuracy, times in ((50.0, 1), (100.0, 0)):
+        monkeypatch.setattr(train_models, "evaluate", lambda *_, accuracy=accuracy: (0.7, accuracy))
+        result = watched(str(accuracy), *flags)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("is at chance") == result.stdout.count("--calibrate-batchnorm") == times
