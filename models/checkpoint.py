@@ -90,8 +90,13 @@ def read_file(path: Path):
     """What torch.save wrote at path, on the CPU: tensors and plain values only, or UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
-    if kind := {".png": "a picture", ".csv": "a table", ".json": "a table"}.get(path.suffix):
-        raise UserError(f"{path} is {kind}, and holds no weights; leave it out")
+    with path.open("rb") as file:
+        start = file.read(1000)
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff")):
+        raise UserError(f"{path} is a picture, not weights; give the checkpoint, a .pt file")
+    if start.lstrip().startswith((b"{", b"[")) or (b"," in start.partition(b"\n")[0] and b"\0" not in start):
+        remedy = "give it to --compare of estimate_curvature.py, or here the checkpoint, a .pt file"
+        raise UserError(f"{path} is a table of results, not weights; {remedy}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:

@@ -271,7 +271,15 @@ def test_files_that_hold_no_fitting_weights(user_file):
         assert refused(words, "my_models:ten", save(user_file / "odd.pt", content)) == 1
 
 
-@pytest.mark.parametrize(("name", "words"), [("all.csv", "a table"), ("all.json", "a table"), ("a.png", "a picture")])
-def test_files_of_results_are_named_as_such(user_file, name, words):
-    (user_file / name).touch()
-    refused(f"{name} is {words}.*leave it out", "my_models:ten", user_file / name)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"model,split,index\n\xc3\xa4.pt,test,1\n", "a table of results.*--compare"),
+        (b'{\n "settings": {}}', "a table of results.*--compare"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a picture"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture"),
+    ],
+)
+def test_files_of_results_are_named_as_such(user_file, content, words):
+    (user_file / "x.pt").write_bytes(content)
+    refused(f"x.pt is {words}.*the checkpoint, a .pt file", "my_models:ten", user_file / "x.pt")
