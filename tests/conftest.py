@@ -38,6 +38,13 @@ class TwoBlocks(ResNet):
         self.classifier = spectral_norm(nn.Linear(16, num_classes))
 
 
+@pytest.fixture(autouse=True)
+def _pictures(request, monkeypatch):
+    """To draw a picture takes as long as to train a small network: only tests marked ``draws`` do."""
+    if "draws" not in request.keywords:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"\x89PNG"))
+
+
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
     """20 x 20 patches of two real photographs (scikit-learn's): classes china and flower, 12 train and 6 test each."""

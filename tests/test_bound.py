@@ -249,6 +249,7 @@ def test_format():
     assert format_layers(table, None).splitlines()[-1] == "sum of the terms, the bound: 1e+03"
 
 
+@pytest.mark.draws
 def test_plot(tmp_path):
     tables = [(name, layer_table(build(name))) for name in ("small", "vgg11lcnn")]
     plot_layers(tmp_path / "layers.png", tables)

@@ -4,7 +4,6 @@ through main(), which is all that such a process calls."""
 import csv
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -32,6 +31,7 @@ def read_metrics(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(
     "arch", ["a small resnet18lcnn", *(pytest.param(arch, marks=pytest.mark.long) for arch in LONG)]
 )
@@ -77,62 +77,6 @@ def states_equal(a, b) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(states_equal, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def interrupt(command: list, after: str, how: signal.Signals) -> subprocess.CompletedProcess:
-    """Start a process, and send it a signal when it prints a line that starts with ``after``."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(after):
-            process.send_signal(how)
-            break
-    output, errors = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, "".join(lines) + output, errors)
-
-
-def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(photographs, tmp_path, capsys):
-    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--num-epochs", 3]
-    flags += ["--calibrate-batchnorm"]
-    name = "vgg11lcnn_curvature_and_gnorm_imagefolder"
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_main(train_models, tiny_run(photographs, whole, *flags), capsys).returncode == 0
-    command = tiny_run(photographs, broken, *flags)
-    killed = interrupt([sys.executable, str(ROOT / "train_models.py"), *command], "epoch 1/3", signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (broken / f"{name}.pt").exists()
-    assert torch.load(broken / f"{name}.unfinished.pt", weights_only=True)["epoch"] < 3
-
-    # an unfinished run is not overwritten, nor continued with other flags
-    assert_one_line_error(run_main(train_models, command, capsys), 2, "--resume", "--overwrite")
-    other = run_main(train_models, [*command, "--resume", "--momentum", 0.5], capsys)
-    assert_one_line_error(other, 2, "--momentum 0.9, not 0.5")
-
-    # a flag that did not exist when the run was started had its default
-    unfinished = torch.load(broken / f"{name}.unfinished.pt", weights_only=True)
-    del unfinished["flags"]["adv_eps"]
-    torch.save(unfinished, broken / f"{name}.unfinished.pt")
-    other = run_main(train_models, [*command, "--resume", "--adv-eps", 0.2], capsys)
-    assert_one_line_error(other, 2, "--adv-eps 0.1, not 0.2")
-
-    resumed = run_main(train_models, [*command, "--resume"], capsys)
-    assert "resuming" in resumed.stdout
-    assert "epoch 1/3" not in resumed.stdout
-    checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (whole, broken)]
-    assert states_equal(*checkpoints)
-    assert not (broken / f"{name}.unfinished.pt").exists()
-
-    def timeless(folder):
-        rows = read_metrics(folder / f"{name}_metrics.csv")
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
-
-    assert timeless(whole) == timeless(broken)
-    assert [row["epoch"] for row in timeless(broken)] == ["1", "2", "3"]
-    # resuming a finished run says so and changes nothing
-    before = (broken / f"{name}.pt").read_bytes()
-    assert "is finished" in run_main(train_models, [*command, "--resume"], capsys).stdout
-    assert (broken / f"{name}.pt").read_bytes() == before
 
 
 FILE = ["--model-filename", "x.pt"]

@@ -85,6 +85,7 @@ def run(folder, photographs, monkeypatch, capsys):
     return lambda *flags: run_main(estimate_curvature, [*data, *flags], capsys)
 
 
+@pytest.mark.draws
 def test_a_users_own_model(folder, photographs, tmp_path, run):
     weights = ["--model-filename", "plain.pt", "wrapped.pt", "--num-samples", 5, "--num-power-iter", 12]
     files = ["--output", tmp_path / "a.csv", "--plot", tmp_path / "a.png"]

@@ -158,6 +158,7 @@ SMALL = "--pgd-steps 3 --restarts 2 --deltas 0.1 0.2 --draws 2 --eps-l2 20 0.1 -
 SMALL = SMALL.split()
 
 
+@pytest.mark.draws
 def test_the_script_on_real_images(checkpoint, tmp_path, capsys):
     path, picture = tmp_path / "r.csv", tmp_path / "r.png"
     files = [checkpoint, shutil.copy(checkpoint, tmp_path / "copy.pt"), "--output", path, "--plot", picture]

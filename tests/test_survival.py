@@ -3,16 +3,17 @@
 import copy
 import errno
 import fcntl
-import io
+import multiprocessing
 import os
-import re
+import random
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script
@@ -21,7 +22,7 @@ import train_models
 from models.checkpoint import read_checkpoint
 from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
-from tests.test_command_line import read_metrics, states_equal
+from tests.test_command_line import states_equal
 from training.epoch import FiniteSteps, NonFiniteStep, build_optimizer
 from training.run_files import Run
 from utils.errors import UserError
@@ -35,108 +36,182 @@ def make():
                          nn.Linear(1024, 1000), nn.Softplus(), nn.Linear(1000, 2))
 """
 NAME = "small_net.make_imagefolder"
+UNFINISHED = Path("run", f"{NAME}.unfinished.pt")
+LCNN = ["--model-arch", "resnet18lcnn", "--regularizer", "curvature_and_gnorm"]
+FORKS = multiprocessing.get_context("forkserver")  # its processes start with torch imported
+FORKS.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "sklearn.datasets", "pytest"])
 
 
 @pytest.fixture
-def small_run(photographs, tmp_path):
-    """Flags of a quick run without --output-dir, and the folder to start it in."""
-    (tmp_path / "small_net.py").write_text(SMALL_NET)
-    flags = ["--model-arch", "small_net:make", "--dataset", "imagefolder", "--data-dir", photographs]
-    return [*flags, "--image-size", 16, "--batch-size", 12, "--lr", 0.01, "--device", "cpu"], tmp_path
+def flags(photographs, tmp_path, monkeypatch) -> list[str]:
+    """Flags of a quick run to run/, and the folder of its network to start it in."""
+    monkeypatch.chdir(tmp_path)
+    Path("small_net.py").write_text(SMALL_NET)
+    flags = "--model-arch small_net:make --dataset imagefolder --image-size 16 --batch-size 12 --lr 0.01 --device cpu"
+    return [*flags.split(), "--output-dir", "run", "--data-dir", str(photographs)]
 
 
-def train_in(folder, *arguments, **more) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "train_models.py", *arguments]
-    return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300, **more)
+@pytest.fixture
+def run(flags, capsys):
+    """The quick run with more flags."""
+    return lambda *more: run_main(train_models, [*flags, *more], capsys)
+
+
+def contents() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def process(arguments: list[str], folder: str, output: str) -> None:
+    """train_models.py in a process of its own, what it prints into a file; resnet18lcnn is a small one."""
+    os.chdir(folder)
+    model_architecture["resnet18lcnn"] = TwoBlocks
+    with open(output, "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.exit(train_models.main(arguments))
+
+
+def start(flags: list, until: str = "") -> multiprocessing.Process:
+    """A run that goes on by itself, once it has printed this; what it prints is in output.txt."""
+    Path("output.txt").write_text("")
+    started = FORKS.Process(target=process, args=(list(map(str, flags)), os.getcwd(), "output.txt"))
+    started.start()
+    while until not in Path("output.txt").read_text():
+        assert started.is_alive(), Path("output.txt").read_text()
+        time.sleep(0.002)
+    return started
+
+
+def end(started: multiprocessing.Process, how: signal.Signals) -> int:
+    """Send the signal and wait; returns the exit code."""
+    os.kill(started.pid, how)
+    started.join(60)
+    return started.exitcode
 
 
 @pytest.mark.long
-def test_killed_twenty_times_a_run_ends_as_if_it_never_was(small_run):
-    flags, folder = small_run
-    flags += ["--num-epochs", 600]
-    whole = train_in(folder, *flags, "--output-dir", folder / "whole")
-    assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, ROOT / "tests" / "kill_worker.py", folder / "killed", 0, *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert killed.returncode == 0, killed.stdout + killed.stderr
-    during_writes = int(re.search(r"20 kills, (\d+) during writes", killed.stdout)[1])
+def test_killed_twenty_times_a_run_ends_as_if_it_never_was(flags, run):
+    assert run("--num-epochs", 600, "--output-dir", "whole").returncode == 0
+    flags, generator, during_writes = [*flags, "--num-epochs", 600, "--resume"], random.Random(0), 0
+    for kill in range(20):
+        for old in Path("run").glob(".*.tmp"):
+            old.unlink()
+        started = start(flags)
+        if kill % 2:
+            while not list(Path("run").glob(".*.tmp")) and started.is_alive():
+                time.sleep(0.0005)
+            time.sleep(generator.uniform(0, 0.01))
+        else:
+            time.sleep(generator.uniform(0.05, 1.0))
+        during_writes += bool(list(Path("run").glob(".*.tmp")))
+        assert end(started, signal.SIGKILL) == -signal.SIGKILL, "it ended by itself: more epochs are needed"
+        for path in Path("run").glob("[!.]*"):  # everything with a name of its own is whole
+            if path.suffix == ".pt":
+                read_checkpoint(path)
+            else:
+                rows = pd.read_csv(path)
+                assert rows["epoch"].tolist() == list(range(1, len(rows) + 1))
+                assert rows.notna().all(axis=None)
     assert during_writes >= 3
-    assert states_equal(*(read_checkpoint(folder / name / f"{NAME}.pt") for name in ("whole", "killed")))
-    rows = read_metrics(folder / "killed" / f"{NAME}_metrics.csv")
-    assert [int(row["epoch"]) for row in rows] == list(range(1, 601))
-    left = {path.name for path in (folder / "killed").iterdir()}
-    assert left == {f"{NAME}.pt", f"{NAME}_metrics.csv", f"{NAME}.png"}
+    assert run("--num-epochs", 600, "--resume").returncode == 0
+    assert states_equal(*(read_checkpoint(f"{folder}/{NAME}.pt") for folder in ("whole", "run")))
+    assert pd.read_csv(f"run/{NAME}_metrics.csv")["epoch"].tolist() == list(range(1, 601))
+    assert {path.name for path in Path("run").iterdir()} == {f"{NAME}.pt", f"{NAME}_metrics.csv", f"{NAME}.png"}
+
+
+def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(flags, run, monkeypatch):
+    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
+    more = [*LCNN, "--num-epochs", 16, "--batch-size", 10, "--calibrate-batchnorm"]
+    name = "resnet18lcnn_curvature_and_gnorm_imagefolder"
+    unfinished = f"run/{name}.unfinished.pt"
+    assert run(*more, "--output-dir", "whole").returncode == 0
+    assert end(start([*flags, *more], "epoch 1/16"), signal.SIGKILL) == -signal.SIGKILL
+    assert not Path(f"run/{name}.pt").exists()
+    saved = torch.load(unfinished, weights_only=True)
+    assert saved["epoch"] < 16
+
+    # an unfinished run is not overwritten, nor continued with other flags
+    assert_one_line_error(run(*more), 2, "--resume", "--overwrite")
+    assert_one_line_error(run(*more, "--resume", "--momentum", 0.5), 2, "--momentum 0.9, not 0.5")
+    # a flag that did not exist when the run was started had its default
+    del saved["flags"]["adv_eps"]
+    torch.save(saved, unfinished)
+    assert_one_line_error(run(*more, "--resume", "--adv-eps", 0.2), 2, "--adv-eps 0.1, not 0.2")
+
+    resumed = run(*more, "--resume").stdout
+    assert "resuming" in resumed
+    assert "epoch 1/16" not in resumed
+    assert states_equal(*(torch.load(f"{folder}/{name}.pt", weights_only=True) for folder in ("whole", "run")))
+    assert not Path(unfinished).exists()
+    whole, broken = (pd.read_csv(f"{folder}/{name}_metrics.csv") for folder in ("whole", "run"))
+    times = ["seconds", "images_per_second"]
+    pd.testing.assert_frame_equal(whole.drop(columns=times), broken.drop(columns=times), check_exact=True)
+    assert broken["epoch"].tolist() == list(range(1, 17))
+    # resuming a finished run says so and changes nothing
+    before = contents()
+    assert "is finished" in run(*more, "--resume").stdout
+    assert contents()[Path(f"run/{name}.pt")] == before[Path(f"run/{name}.pt")]
 
 
 @pytest.mark.parametrize(("how", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_a_signal_keeps_the_finished_epochs_and_prints_how_to_go_on(how, code, word, small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    flags += ["--output-dir", folder / "run", "--num-epochs", 60]
-    process = start_in(folder, flags, "epoch 2/")
-    process.send_signal(signal.Signals[how])
-    output, errors = process.communicate()
-    assert process.returncode == code
-    assert errors.strip() == f"train_models.py: {word}"
-    unfinished = folder / "run" / f"{NAME}.unfinished.pt"
-    saved = read_checkpoint(unfinished)
+def test_a_signal_keeps_the_finished_epochs_and_prints_how_to_go_on(how, code, word, flags, run, capsys):
+    assert end(start([*flags, "--num-epochs", 40], "epoch 2/"), signal.Signals[how]) == code
+    lines = Path("output.txt").read_text().splitlines()
+    assert f"train_models.py: {word}" in lines
+    assert "Traceback" not in "".join(lines)
+    saved = read_checkpoint(UNFINISHED)
     assert saved["epoch"] >= 2
     momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
     assert any(momentum.abs().max() > 0 for momentum in momenta)
     # the line it printed is the command that goes on
-    interpreter, script, *arguments = shlex.split(output.splitlines()[-1].split(": ", 1)[1])
+    (command,) = (line.split(": ", 1)[1] for line in lines if line.startswith("to go on"))
+    interpreter, script, *arguments = shlex.split(command)
     assert (interpreter, script) == (sys.executable, str(ROOT / "train_models.py"))
-    monkeypatch.chdir(folder)
     assert "saved" in run_main(train_models, arguments, capsys).stdout
     assert "is finished" in run_main(train_models, arguments, capsys).stdout
-    again = run_main(train_models, [*flags, "--overwrite", "--num-epochs", "1"], capsys)
-    assert "epoch 1/1" in again.stdout
-    assert not unfinished.exists()
+    assert "epoch 1/1" in run("--overwrite", "--num-epochs", "1").stdout
+    assert not UNFINISHED.exists()
 
 
-def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    flags += ["--output-dir", folder / "run"]
-    assert run_main(train_models, [*flags, "--num-epochs", 1], capsys).returncode == 0
-    old = {path: path.read_bytes() for path in (folder / "run").iterdir()}
-    result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite", "--lr", 1e30], capsys)
-    assert_one_line_error(result, 1, "what was saved before it stays")
-    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == old
+def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(run, monkeypatch):
+    assert run("--num-epochs", 1).returncode == 0
+    old, replacing = contents(), ["--num-epochs", 2, "--overwrite"]
+    assert_one_line_error(run(*replacing, "--lr", 1e30), 1, "what was saved before it stays")
+    assert contents() == old
     with monkeypatch.context() as patch:
         patch.setattr(train_models, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
-        result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite"], capsys)
+        result = run(*replacing)
     assert result.returncode == 130
     assert "start again" in result.stdout.splitlines()[-1]
     assert result.stdout.splitlines()[-1].endswith("--overwrite")
-    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == old
+    assert contents() == old
 
     write_metrics = Run.write_metrics
 
     def interrupted(run, rows):  # when the first epoch of the new run is saved
-        assert {path.name for path in (folder / "run").glob("[!.]*.p*")} == {f"{NAME}.unfinished.pt"}
+        assert list(Path("run").glob("[!.]*.p*")) == [UNFINISHED]
         write_metrics(run, rows)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_metrics", interrupted)
-        result = run_main(train_models, [*flags, "--num-epochs", 2, "--overwrite"], capsys)
-    assert result.stdout.splitlines()[-1].endswith("--resume")
-    assert run_main(train_models, [*flags, "--num-epochs", 2, "--resume"], capsys).returncode == 0
-    assert read_checkpoint(folder / "run" / f"{NAME}.pt")["epoch"] == 2
+        assert run(*replacing).stdout.splitlines()[-1].endswith("--resume")
+    assert run("--num-epochs", 2, "--resume").returncode == 0
+    assert read_checkpoint(f"run/{NAME}.pt")["epoch"] == 2
 
 
-def test_metrics_without_a_checkpoint_are_left_alone(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    (folder / "run").mkdir()
-    (folder / "run" / f"{NAME}_metrics.csv").write_text("mine")
+def test_metrics_without_a_checkpoint_are_left_alone(run):
+    Path("run").mkdir()
+    Path(f"run/{NAME}_metrics.csv").write_text("mine")
     for more in ([], ["--resume"]):
-        result = run_main(train_models, [*flags, "--output-dir", folder / "run", *more], capsys)
-        assert_one_line_error(result, 2, "_metrics.csv exists", "--overwrite")
-    assert (folder / "run" / f"{NAME}_metrics.csv").read_text() == "mine"
+        assert_one_line_error(run(*more), 2, "_metrics.csv exists", "--overwrite")
+    assert Path(f"run/{NAME}_metrics.csv").read_text() == "mine"
+
+
+def stopped_after_an_epoch(run, monkeypatch, *more) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run(*more).returncode == 130
 
 
 @pytest.mark.parametrize(
@@ -153,122 +228,79 @@ def test_metrics_without_a_checkpoint_are_left_alone(small_run, monkeypatch, cap
         lambda saved: saved.update(epoch=5),
     ],
 )
-def test_an_unfinished_checkpoint_that_cannot_be_resumed(spoil, unfinished_run, monkeypatch, capsys):
-    flags, folder, content = unfinished_run
-    monkeypatch.chdir(folder)
-    saved = torch.load(io.BytesIO(content))
+def test_an_unfinished_checkpoint_that_cannot_be_resumed(spoil, run, monkeypatch):
+    stopped_after_an_epoch(run, monkeypatch, "--num-epochs", 2)
+    saved = torch.load(UNFINISHED)
     spoil(saved)
-    torch.save(saved, folder / "run" / f"{NAME}.unfinished.pt")
-    result = run_main(train_models, [*flags, "--resume"], capsys)
+    torch.save(saved, UNFINISHED)
+    result = run("--num-epochs", 2, "--resume")
     assert_one_line_error(result, 1, "unfinished.pt: ", "start again, with --overwrite")
 
 
-@pytest.fixture
-def unfinished_run(small_run, monkeypatch, capsys):
-    """A run of two epochs stopped after the first: its flags, the folder to start it in, and its checkpoint's bytes."""
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    flags += ["--output-dir", folder / "run", "--num-epochs", 2]
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert run_main(train_models, flags, capsys).returncode == 130
-    return flags, folder, (folder / "run" / f"{NAME}.unfinished.pt").read_bytes()
+def refuse(number: int):
+    """What the system does when it refuses."""
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return refused
 
 
-def test_a_file_system_without_locks(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    result = run_main(train_models, [*flags, "--output-dir", folder / "run"], capsys)
-    assert_one_line_error(result, 1, "cannot be locked", "No locks available", "--output-dir")
+def test_a_file_system_without_locks(run, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    assert_one_line_error(run(), 1, "cannot be locked", "No locks available", "--output-dir")
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    flags += ["--num-epochs", 3, "--output-dir", folder / "run"]
-    unfinished = folder / "run" / f"{NAME}.unfinished.pt"
+def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    evaluate, calls = train_models.evaluate, 0
+    evaluate = train_models.evaluate
 
     def fill_the_disk(*arguments):  # after the first epoch no file may grow beyond 100 kB
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+        if UNFINISHED.exists():
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         return evaluate(*arguments)
 
     monkeypatch.setattr(train_models, "evaluate", fill_the_disk)
     try:
-        result = run_main(train_models, flags, capsys)
+        result = run("--num-epochs", 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_one_line_error(result, 1, "unfinished.pt could not be written", "make room")
-    assert read_checkpoint(unfinished)["epoch"] == 1
-    assert not list((folder / "run").glob(".*"))
-    assert run_main(train_models, [*flags, "--resume"], capsys).returncode == 0
-    assert read_checkpoint(folder / "run" / f"{NAME}.pt")["epoch"] == 3
+    assert read_checkpoint(UNFINISHED)["epoch"] == 1
+    assert not list(Path("run").glob(".*"))
+    monkeypatch.setattr(train_models, "evaluate", evaluate)
+    assert run("--num-epochs", 3, "--resume").returncode == 0
+    assert read_checkpoint(f"run/{NAME}.pt")["epoch"] == 3
 
 
-def test_no_room_at_all(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    for place in ("/proc/run", "/dev/null/run", folder / "small_net.py"):
-        result = run_main(train_models, [*flags, "--output-dir", place], capsys)
+def test_no_room_at_all(run, monkeypatch):
+    for place in ("/proc/run", "/dev/null/run", "small_net.py"):
+        result = run("--output-dir", place)
         assert_one_line_error(result, 1, f"--output-dir {place} cannot be made a folder", "name another")
-    path = folder / "file"
+    path = Path("file")
     path.write_bytes(b"old")
-
-    def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fsync", refuse(errno.ENOSPC))
     with pytest.raises(UserError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
-def start_in(folder, flags, until: str, **more) -> subprocess.Popen:
-    """A run that has printed a line which starts so."""
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_models.py"), *map(str, flags)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
-    if not any(line.startswith(until) for line in run.stdout):
-        pytest.fail(run.communicate()[1])
-    return run
-
-
-def test_a_folder_that_becomes_read_only(small_run, monkeypatch, capsys):
+def test_a_folder_that_becomes_read_only(run, monkeypatch):
     """As root may write anywhere, the refusal of the system is acted."""
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    flags += ["--num-epochs", 3, "--output-dir", folder / "run"]
-    evaluate, replace = train_models.evaluate, os.replace
-
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
+    evaluate, replace, denied = train_models.evaluate, os.replace, refuse(errno.EACCES)
 
     def make_read_only(*arguments):  # when the first epoch is saved
-        monkeypatch.setattr(os, "replace", refuse if list((folder / "run").glob("*.unfinished.pt")) else replace)
+        monkeypatch.setattr(os, "replace", denied if UNFINISHED.exists() else replace)
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_models, "evaluate", make_read_only)
-        stopped = run_main(train_models, flags, capsys)
+        stopped = run("--num-epochs", 3)
     assert_one_line_error(stopped, 1, "could not be written (Permission denied)", "another place")
-    assert read_checkpoint(folder / "run" / f"{NAME}.unfinished.pt")["epoch"] == 1
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    for more in (["--resume"], ["--overwrite"]):
-        again = run_main(train_models, [*flags, *more], capsys)
+    assert read_checkpoint(UNFINISHED)["epoch"] == 1
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    for more in ("--resume", "--overwrite"):
+        again = run("--num-epochs", 3, more)
         assert_one_line_error(again, 1, "cannot be written (Permission denied)", "another place")
 
 
@@ -285,16 +317,13 @@ class GoesBad(CELoss):
         return raw_loss + penalty
 
 
-def test_a_loss_that_goes_bad_stops_the_run_at_that_step(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
+def test_a_loss_that_goes_bad_stops_the_run_at_that_step(run, monkeypatch):
     monkeypatch.setitem(regularizers, "bad", lambda model, flags: GoesBad(model))
     monkeypatch.setattr(GoesBad, "steps", 0)
-    flags += ["--regularizer", "bad", "--num-epochs", 3, "--output-dir", folder / "run"]
-    result = run_main(train_models, flags, capsys)  # two steps an epoch
+    result = run("--regularizer", "bad", "--num-epochs", 3)  # two steps an epoch
     assert_one_line_error(result, 1, "epoch 2, step 2: train_loss nan, penalty nan, the gradient nan", "--lr")
     assert "raw_loss nan" not in result.stderr
-    saved = read_checkpoint(folder / "run" / "small_net.make_bad_imagefolder.unfinished.pt")
+    saved = read_checkpoint("run/small_net.make_bad_imagefolder.unfinished.pt")
     assert saved["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
@@ -322,21 +351,15 @@ class Odd(CELoss):
         (lambda losses, step: ({}, losses.mean().detach()), "returned a tensor without gradient"),
     ],
 )
-def test_what_cannot_be_logged_or_minimized(answer, words, small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
+def test_what_cannot_be_logged_or_minimized(answer, words, run, monkeypatch):
     monkeypatch.setattr(Odd, "answer", staticmethod(answer))
     monkeypatch.setitem(regularizers, "odd", lambda model, flags: Odd(model))
-    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
-    assert_one_line_error(result, 1, "Odd", words)
+    assert_one_line_error(run("--regularizer", "odd"), 1, "Odd", words)
 
 
-def test_a_loss_that_is_no_celoss_is_refused_by_name(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
+def test_a_loss_that_is_no_celoss_is_refused_by_name(run, monkeypatch):
     monkeypatch.setitem(regularizers, "odd", lambda model, flags: torch.nn.CrossEntropyLoss())
-    result = run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
-    assert_one_line_error(result, 2, "CrossEntropyLoss", "extend CELoss")
+    assert_one_line_error(run("--regularizer", "odd"), 2, "CrossEntropyLoss", "extend CELoss")
 
 
 class Learned(CELoss):
@@ -359,21 +382,14 @@ class Learned(CELoss):
         return raw_loss * self.scale.exp() - self.scale * distance
 
 
-def test_a_loss_with_a_state_resumes_bit_identical(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
+def test_a_loss_with_a_state_resumes_bit_identical(run, monkeypatch):
     monkeypatch.setitem(regularizers, "learned", lambda model, flags: Learned(model))
-    flags += ["--regularizer", "learned", "--num-epochs", 3]
-    name = "small_net.make_learned_imagefolder"
-    for place in ("whole", "broken"):
-        arguments = [*flags, "--output-dir", folder / place]
-        if place == "broken":
-            with monkeypatch.context() as patch:
-                patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
-                assert run_main(train_models, arguments, capsys).returncode == 130
-            arguments += ["--resume"]
-        assert run_main(train_models, arguments, capsys).returncode == 0
-    whole, broken = (read_checkpoint(folder / place / f"{name}.pt") for place in ("whole", "broken"))
+    more = ["--regularizer", "learned", "--num-epochs", 3]
+    assert run(*more, "--output-dir", "whole").returncode == 0
+    stopped_after_an_epoch(run, monkeypatch, *more)
+    assert run(*more, "--resume").returncode == 0
+    name = "small_net.make_learned_imagefolder.pt"
+    whole, broken = (read_checkpoint(f"{folder}/{name}") for folder in ("whole", "run"))
     assert states_equal(whole, broken)
     assert whole["loss"]["scale"] != 0
     assert whole["loss"]["steps"] == 6
@@ -381,20 +397,17 @@ def test_a_loss_with_a_state_resumes_bit_identical(small_run, monkeypatch, capsy
     assert any(key.startswith("average.") for key in whole["loss"])
 
 
-def test_a_mistake_in_a_loss_keeps_its_traceback(small_run, monkeypatch, capsys):
+def test_a_mistake_in_a_loss_keeps_its_traceback(run, monkeypatch):
     """Whoever edits regularized_loss.py needs the line; the network is not to blame."""
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
     monkeypatch.setitem(regularizers, "odd", lambda model, flags: CELoss(model))
     monkeypatch.setattr(CELoss, "losses", lambda self, input, target: "no tensor")
     with pytest.raises(AttributeError, match="mean"):
-        run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+        run("--regularizer", "odd")
     # with a network of ours whatever torch says, too: "use other layers" would not help
     monkeypatch.setattr(CELoss, "losses", lambda self, input, target: self.model(input) @ self.model(input))
     monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
-    flags[1] = "resnet18lcnn"
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        run_main(train_models, [*flags, "--regularizer", "odd", "--output-dir", folder / "run"], capsys)
+        run("--regularizer", "odd", "--model-arch", "resnet18lcnn")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -416,34 +429,28 @@ def test_no_step_is_taken_with_a_gradient_that_is_not_finite(value):
     assert all(map(torch.equal, after, model.parameters()))
 
 
-def test_two_runs_at_once(small_run, monkeypatch, capsys):
-    flags, folder = small_run
-    monkeypatch.chdir(folder)
-    flags += ["--output-dir", folder / "run"]
-    first = start_in(folder, [*flags, "--num-epochs", 100_000], "epoch 1/")
+def test_two_runs_at_once(flags, run):
+    first = start([*flags, "--num-epochs", 100_000], "epoch 1/")
     try:
         for more in (["--resume"], ["--overwrite"], []):
-            second = run_main(train_models, [*flags, "--num-epochs", 100000, *more], capsys)
+            second = run("--num-epochs", 100_000, *more)
             assert_one_line_error(second, 1, "another process is training", "--output-dir")
-        other = run_main(train_models, [*flags, "--num-epochs", 1, "--regularizer", "gnorm"], capsys)
+        other = run("--num-epochs", 1, "--regularizer", "gnorm")
         assert other.returncode == 0, other.stderr  # another run's files
-        assert first.poll() is None
+        assert first.is_alive()
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
-    time.sleep(0.1)
-    again = run_main(train_models, [*flags, "--num-epochs", 1, "--overwrite"], capsys)  # the dead hold no lock
+        end(first, signal.SIGKILL)
+    again = run("--num-epochs", 1, "--overwrite")  # the dead hold no lock
     assert again.returncode == 0, again.stderr
-    assert not list((folder / "run").glob(".*"))
+    assert not list(Path("run").glob(".*"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_seed_gives_the_same_bits(photographs, tmp_path, threads, monkeypatch):
+def test_the_same_seed_gives_the_same_bits(flags, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-    flags = ["--model-arch", "vgg11lcnn", "--regularizer", "curvature_and_gnorm", "--dataset", "imagefolder"]
-    flags += ["--data-dir", photographs, "--image-size", 16, "--batch-size", 12, "--num-epochs", 1, "--lr", 0.01]
-    for name in ("a", "b"):
-        run_script("train_models.py", *flags, "--device", "cpu", "--output-dir", tmp_path / name)
-    a, b = (read_checkpoint(tmp_path / n / "vgg11lcnn_curvature_and_gnorm_imagefolder.pt") for n in ("a", "b"))
+    for folder in ("a", "b"):
+        more = ["--model-arch", "vgg11lcnn", *LCNN[2:], "--num-epochs", 1, "--output-dir", Path(folder).resolve()]
+        run_script("train_models.py", *flags, *more)
+    a, b = (read_checkpoint(f"{folder}/vgg11lcnn_curvature_and_gnorm_imagefolder.pt") for folder in ("a", "b"))
     assert states_equal(a, b)
