@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from models.layers import LCNN, conv_norm
 from models.resnet import ResidualBlock, ResNet
+from models.vgg import VGG11
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # CIFAR-10 as JPEGs, where it is there: too large for the repository
@@ -36,6 +37,12 @@ class TwoBlocks(ResNet):
         blocks = [ResidualBlock(LCNN, 8, 8, 1, input_size), ResidualBlock(LCNN, 8, 16, 2, input_size)]
         self.stages = nn.Sequential(nn.Sequential(*blocks))
         self.classifier = spectral_norm(nn.Linear(16, num_classes))
+
+
+@pytest.fixture
+def thin_vgg(monkeypatch) -> None:
+    """VGG-11 with an eighth of its channels."""
+    monkeypatch.setattr("models.vgg.VGG11", tuple(entry if entry == "M" else entry // 8 for entry in VGG11))
 
 
 @pytest.fixture(autouse=True)
