@@ -159,7 +159,7 @@ def test_adversarial_batches_follow_the_model_as_it_trains():
 
 
 @pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.long)])
-def test_adversarial_training_by_flag(norm, photographs, tmp_path, capsys, monkeypatch):
+def test_adversarial_training_by_flag(thin_vgg, norm, photographs, tmp_path, capsys, monkeypatch):
     """Any loss trains on images moved by what the flags describe."""
     attacks = []
     monkeypatch.setattr(train_models, "adversarial_batches", lambda *a: attacks.append(a[2]) or adversarial_batches(*a))

@@ -158,7 +158,7 @@ def test_logits_without_a_gradient_are_refused(cut):
 
 
 @pytest.mark.parametrize("use_folding", [True, False])
-def test_the_callers_grad_mode_and_the_type_of_labels_do_not_matter(use_folding):
+def test_the_callers_grad_mode_and_the_type_of_labels_do_not_matter(thin_vgg, use_folding):
     model = model_architecture["vgg11lcnn"](3, 16).double()
     x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 2])
 
@@ -217,7 +217,7 @@ def test_examples_that_are_not_finite_are_nan_and_disturb_no_other(dtype):
     torch.testing.assert_close(estimate.curvature[others], clean.curvature[others], rtol=1e-3, atol=0)
 
 
-def test_our_networks_with_and_without_folding():
+def test_our_networks_with_and_without_folding(thin_vgg):
     torch.manual_seed(0)
     model = model_architecture["vgg11lcnn"](3, 16).double()
     x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 2])

@@ -254,20 +254,11 @@ def test_images_larger_than_the_machines_memory_are_refused(name, photographs, t
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (3, 8), (9, 8)])
-def test_one_example_fewer_than_a_batch_and_a_last_batch_of_one(photographs, tmp_path, capsys, count, batch_size):
+def test_batches_of_one(count, batch_size, thin_vgg, photographs, tmp_path, capsys):
     patches = {f"a/{i}.png": (photographs / f"train/china/{i}.png").read_bytes() for i in range(count)}
-    flags = [
-        "--dataset",
-        "imagefolder",
-        "--data-dir",
-        image_folder(tmp_path, patches),
-        "--image-size",
-        16,
-        "--lr",
-        1e-3,
-    ]
-    flags += ["--num-epochs", 1, "--model-arch", "vgg11", "--batch-size", batch_size, "--output-dir", tmp_path / "out"]
-    result = run_main(train_models, flags, capsys)
+    flags = "--model-arch vgg11 --dataset imagefolder --image-size 16 --num-epochs 1 --lr 0.001 --data-dir"
+    flags = [*flags.split(), image_folder(tmp_path, patches), "--batch-size", batch_size]
+    result = run_main(train_models, [*flags, "--output-dir", tmp_path / "out"], capsys)
     if count == 1:  # behind four poolings a 16 x 16 image is 1 x 1
         assert_one_line_error(result, 1, "one example", "--batch-size")
     else:

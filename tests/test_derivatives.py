@@ -1,5 +1,7 @@
 """Folded networks, and both ways to Hessian-vector products, against plain networks and dense Hessians in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,22 @@ from curvature.derivatives import (
 )
 from curvature.estimate import prepared
 from curvature.folding import FoldedNetwork, fold
-from models.layers import STANDARD, CenteredSoftplus, LipschitzBatchNorm2d
+from models.layers import LCNN, STANDARD, CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import model_architecture
-from models.resnet import ResidualBlock
+from models.resnet import ResidualBlock, ResNet
+
+pytestmark = pytest.mark.usefixtures("thin_vgg")
+SMALL = {"resnet": partial(ResNet, STANDARD, (2, 1, 1, 1)), "resnetlcnn": partial(ResNet, LCNN, (2, 1, 1, 1))}
 
 
-def lively(arch: str, input_size: int = 16, dtype: torch.dtype = torch.float64) -> nn.Module:
+def size(arch: str) -> int:
+    return 8 if arch in SMALL else 16
+
+
+def lively(arch: str, input_size: int | None = None) -> nn.Module:
     """A network of ours whose every constant differs from its initial value, BatchNorm clips both active and not."""
     torch.manual_seed(0)
-    model = model_architecture[arch](5, input_size).to(dtype).eval()
+    model = (SMALL | model_architecture)[arch](5, input_size or size(arch)).double().eval()
     with torch.no_grad():
         for i, module in enumerate(model.modules()):
             if isinstance(module, nn.BatchNorm2d):
@@ -38,20 +47,17 @@ def lively(arch: str, input_size: int = 16, dtype: torch.dtype = torch.float64) 
     return model
 
 
-def examples(n: int, dtype: torch.dtype = torch.float64, size: int = 16):
+def examples(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, size, size, dtype=dtype, generator=generator), torch.arange(n) % 5
+    return torch.rand(n, 3, size, size, dtype=torch.float64, generator=generator), torch.arange(n) % 5
 
 
-ARCHITECTURES = ["resnet18", "vgg11", "resnet18lcnn", "vgg11lcnn", "vgg11lowbeta"]
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*SMALL, "vgg11", "vgg11lcnn", "vgg11lowbeta"])
 def test_a_folded_network_is_the_network(arch):
     """Its function, its gradient and its Hessian-vector products, while examples drop out of the batch."""
     model = lively(arch)
     folded = fold(model)
-    x, y = examples(5)
+    x, y = examples(5, size(arch))
     with torch.no_grad():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10)
     with prepared(model, use_folding=False) as plain:
@@ -61,20 +67,20 @@ def test_a_folded_network_is_the_network(arch):
     for name in ("logits", "loss", "gradient"):
         torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-8, atol=1e-12)
     for keep in ([1, 0, 1, 1, 1], [0, 1, 0, 1], [1, 0]):  # examples drop out: one of five, two of four, one of two
-        v = torch.randn(len(keep), 3, 16, 16, dtype=torch.float64)
+        v = torch.randn(len(keep), *x.shape[1:], dtype=torch.float64)
         expected = slow.product(v)
         torch.testing.assert_close(fast.product(v), expected, rtol=1e-7, atol=1e-9 * expected.abs().max().item())
         for hessian in (slow, fast):
             hessian.restrict(torch.tensor(keep, dtype=torch.bool))
-    v = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    v = torch.randn_like(x[:1])
     alone = FoldedHessian(folded, x[2:3], y[2:3]).product(v)  # 0 2 3 4, then 2 4, then 2
     torch.testing.assert_close(fast.product(v), alone, rtol=1e-7, atol=0)
 
 
 def test_strides_that_do_not_divide_the_image():
-    """15 x 15 images: behind the stride 2 a kernel reads the last row, at 16 x 16 it does not."""
-    model = lively("resnet18lcnn", input_size=15)
-    x, y = examples(2, size=15)
+    """7 x 7 images: behind the stride 2 a kernel reads the last row, at 8 x 8 it does not."""
+    model = lively("resnetlcnn", input_size=7)
+    x, y = examples(2, size=7)
     with prepared(model, use_folding=False) as plain:
         slow, fast = DoubleBackwardHessian(plain, x, y), FoldedHessian(fold(model), x, y)
     v = torch.randn_like(x)
@@ -102,7 +108,7 @@ def test_the_products_are_the_dense_hessian():
 
 
 def test_folding_leaves_the_network_alone_and_knows_its_limits():
-    model = lively("resnet18lcnn").train()
+    model = lively("resnetlcnn").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with prepared(model) as network:
         assert isinstance(network, FoldedNetwork)
@@ -128,15 +134,15 @@ class OtherBlock(ResidualBlock):
 
 CHANGES = {
     "activation": ("vgg11lcnn", "features.1", nn.Tanh()),
-    "affine BatchNorm": ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(64)),
-    "no statistics": ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(64, affine=False, track_running_stats=False)),
-    "dilation": ("vgg11", "features.0.conv", nn.Conv2d(3, 64, 3, padding=2, dilation=2)),
-    "reflection": ("vgg11", "features.0.conv", nn.Conv2d(3, 64, 3, padding=1, padding_mode="reflect")),
-    "classifier": ("vgg11", "classifier", Tanh5(512, 5)),
-    "dropout": ("resnet18lcnn", "classifier", nn.Sequential(nn.Dropout(), nn.Linear(512, 5))),
-    "a layer more": ("resnet18lcnn", "stages.0.2", nn.Dropout2d()),
+    "affine BatchNorm": ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(8)),
+    "no statistics": ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(8, affine=False, track_running_stats=False)),
+    "dilation": ("vgg11", "features.0.conv", nn.Conv2d(3, 8, 3, padding=2, dilation=2)),
+    "reflection": ("vgg11", "features.0.conv", nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")),
+    "classifier": ("vgg11", "classifier", Tanh5(64, 5)),
+    "dropout": ("resnetlcnn", "classifier", nn.Sequential(nn.Dropout(), nn.Linear(512, 5))),
+    "a layer more": ("resnetlcnn", "stages.0.2", nn.Dropout2d()),
     "pooling": ("vgg11", "features.2", nn.MaxPool2d(3, 2, 1)),
-    "another block": ("resnet18", "stages.0.0", OtherBlock(STANDARD, 64, 64, 1, 16)),
+    "another block": ("resnet", "stages.0.0", OtherBlock(STANDARD, 64, 64, 1, 8)),
 }
 
 

@@ -1,23 +1,24 @@
 """The architectures: shapes, the block's formula, and what a forward must not do."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from conftest import TwoBlocks
 from torch import nn
 
 from models import layers as kinds
 from models.layers import LCNN, STANDARD, SpectralNormConv2d
 from models.model_selector import model_architecture
-from models.resnet import ResidualBlock
+from models.resnet import ResidualBlock, ResNet
 
 
 @pytest.mark.parametrize("name", model_architecture)
 def test_maps_images_to_logits(name):
-    for size in (16, 32):
-        model = model_architecture[name](7, input_size=size).eval()
-        with torch.no_grad():
-            assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
+    size = 32 if "vgg" in name else 16
+    with torch.no_grad():
+        assert model_architecture[name](7, input_size=size).eval()(torch.rand(2, 3, size, size)).shape == (2, 7)
 
 
 def test_the_default_input_size_is_32():
@@ -49,11 +50,13 @@ def test_layer_counts_and_types(name, convolutions, activations, suffix, types, 
     assert all(module.weight is None for module in modules if isinstance(module, nn.BatchNorm2d))
 
 
-def test_spectral_norms_follow_the_true_input_sizes():
+def test_spectral_norms_follow_the_true_input_sizes(thin_vgg):
     """A hook sees what each convolution is really given."""
-    for name in ("resnet18lcnn", "vgg11lcnn"):
-        model = model_architecture[name](10, input_size=48).eval()
-        seen = []
+    for build, size, count in (
+        (partial(ResNet, LCNN, (1, 1, 1, 1)), 21, 12),
+        (model_architecture["vgg11lcnn"], 48, 10),
+    ):
+        model, seen = build(10, input_size=size).eval(), []
 
         def check(conv, inputs, output, seen=seen):
             assert conv.v.shape[1:] == inputs[0].shape[1:]
@@ -63,8 +66,8 @@ def test_spectral_norms_follow_the_true_input_sizes():
         for module in model.modules():
             if isinstance(module, SpectralNormConv2d):
                 module.register_forward_hook(check)
-        model(torch.rand(1, 3, 48, 48))
-        assert len(seen) == {"resnet18lcnn": 20, "vgg11lcnn": 10}[name]
+        model(torch.rand(1, 3, size, size))
+        assert len(seen) == count
 
 
 @pytest.mark.parametrize("layers", [STANDARD, LCNN])
@@ -82,15 +85,15 @@ def test_block_is_sum_halves_of_branch_and_shortcut(layers, channels, stride):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18lcnn", "vgg11lcnn"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_forward_reads_no_number_back_from_the_device(name, training):
+def test_a_forward_reads_no_number_back_from_the_device(thin_vgg, name, training):
     """On the meta device there are no numbers: float(), .item() or a branch on a tensor raises."""
     model = model_architecture[name](10, 16).train(training).to("meta")
     assert model(torch.rand(2, 3, 16, 16, device="meta")).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", ["resnet18lcnn", "vgg11lcnn"])
-def test_a_fresh_model_loads_a_trained_ones_state(name):
-    trained, fresh = (model_architecture[name](10, 16) for _ in range(2))
+@pytest.mark.parametrize("build", [TwoBlocks, model_architecture["vgg11lcnn"]])
+def test_a_fresh_model_loads_a_trained_ones_state(thin_vgg, build):
+    trained, fresh = (build(10, 16) for _ in range(2))
     x = torch.rand(4, 3, 16, 16)
     trained.train()(x)  # moves the statistics and the spectral norms' vectors
     fresh.load_state_dict(trained.state_dict())
