@@ -39,10 +39,13 @@ class TwoBlocks(ResNet):
         self.classifier = spectral_norm(nn.Linear(16, num_classes))
 
 
+THIN = "models.vgg.VGG11", tuple(entry if entry == "M" else entry // 8 for entry in VGG11)
+
+
 @pytest.fixture
 def thin_vgg(monkeypatch) -> None:
     """VGG-11 with an eighth of its channels."""
-    monkeypatch.setattr("models.vgg.VGG11", tuple(entry if entry == "M" else entry // 8 for entry in VGG11))
+    monkeypatch.setattr(*THIN)
 
 
 @pytest.fixture(autouse=True)

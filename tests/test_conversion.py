@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import TwoBlocks
 from torch import fx, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torchvision.ops import StochasticDepth
@@ -372,8 +373,8 @@ def test_each_part_is_optional(part):
     assert torch.equal(nothing.eval()(images()), model.eval()(images()))
 
 
-def test_low_curvature_networks_are_left_alone_and_our_standard_ones_are_converted():
-    _, report = convert(model_architecture["resnet18lcnn"](10), images(32))
+def test_low_curvature_networks_are_left_alone_and_our_standard_ones_are_converted(thin_vgg):
+    _, report = convert(TwoBlocks(10, 8))
     assert report == ConversionReport((), (), ())
     again, report = convert(convert(shared())[0])
     assert (report.replaced, report.left) == ((), ())

@@ -1,6 +1,9 @@
 """estimate_curvature.py as a user runs it: on its own checkpoints and other people's models, alone and in company."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +16,6 @@ import estimate_curvature
 from curvature.estimate import estimate_curvature as estimate
 from curvature.results import COLUMNS, averaged, format_summary, named, read_results, summarize, write_results
 from data.datasets import load_dataset
-from tests.test_distributed import finish, launch
 
 MY_MODELS = '''
 import torch
@@ -252,13 +254,19 @@ def test_saturated_examples_are_reported(run):
     assert "train," not in result.stdout
 
 
-def test_two_processes_find_what_one_does(photographs, tmp_path, run):
+def test_two_processes_find_what_one_does(photographs, tmp_path, run, monkeypatch):
     flags = ["--model-arch", "my_models:ready", "--num-samples", 6, "--batch-size", 2]
     one = run(*flags, "--output", tmp_path / "one.csv")
-    flags += ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16]
-    first, second = finish(launch(2, ROOT / "estimate_curvature.py", *flags, "--output", tmp_path / "two.csv"))
-    assert first.replace("two.csv", "one.csv") == one.stdout
-    assert second == ""  # printed once, by the first process
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in (group | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)  # this process is the first
+    flags += ["--output", tmp_path / "two.csv", "--dataset", "imagefolder", "--data-dir", photographs]
+    command = [sys.executable, ROOT / "estimate_curvature.py", *flags, "--image-size", 16]
+    with subprocess.Popen(list(map(str, command)), env=os.environ | {"RANK": "1"}, stdout=subprocess.PIPE) as second:
+        assert run(*flags).stdout.replace("two.csv", "one.csv") == one.stdout
+        assert second.communicate(timeout=60)[0] == b""  # printed once, by the first process
     assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
 
 

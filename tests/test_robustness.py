@@ -1,6 +1,7 @@
 """Gradient stability against closed forms, accuracies that only fall, and evaluate_robustness as a user runs it."""
 
 import json
+import runpy
 import shutil
 import sys
 from itertools import pairwise
@@ -10,16 +11,17 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_one_line_error, run_main, run_script
+from conftest import THIN, assert_one_line_error, run_main
 from torch import nn
 
 import train_models
 from curvature.estimate import prepared
 from experiments import evaluate_robustness
 from experiments.robustness import examine, gradient_stability, input_gradient_of, strongest, withstood
-from models.layers import LCNN
-from models.resnet import ResNet
+from models.model_selector import model_architecture
 from training.attacks import PGD
+
+pytestmark = pytest.mark.usefixtures("thin_vgg")
 
 
 class Quadratic(nn.Module):
@@ -87,8 +89,8 @@ def examined(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, flags
 
 def test_a_folded_network_gives_the_same_columns():
     torch.manual_seed(0)
-    model = ResNet(LCNN, (1, 1, 1, 1), 10, 8).double()
-    images = torch.rand(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = model_architecture["vgg11lcnn"](10, 16).double()
+    images = torch.rand(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = model.eval()(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 10  # one is wrong as it is
     flags = "--eps-l2 4 0.5 --eps-linf 0.2 --deltas 0.1 0.5"
@@ -150,7 +152,9 @@ def checkpoint(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("robustness")
     flags = "--model-arch vgg11 --dataset imagefolder --image-size 16 --num-epochs 6 --batch-size 8 --lr 0.02"
     flags += f" --bn-momentum 0.5 --data-dir {photographs} --output-dir {folder}"
-    assert train_models.main(flags.split()) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*THIN)
+        assert train_models.main(flags.split()) == 0
     return folder / "vgg11_imagefolder.pt"
 
 
@@ -159,10 +163,13 @@ SMALL = SMALL.split()
 
 
 @pytest.mark.draws
-def test_the_script_on_real_images(checkpoint, tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_script_on_real_images(checkpoint, tmp_path, monkeypatch, capsys):
     path, picture = tmp_path / "r.csv", tmp_path / "r.png"
     files = [checkpoint, shutil.copy(checkpoint, tmp_path / "copy.pt"), "--output", path, "--plot", picture]
-    run_script("experiments.evaluate_robustness", *SMALL, "--model-filename", *files)
+    monkeypatch.setattr(sys, "argv", ["-m", *SMALL, "--model-filename", *map(str, files)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("experiments.evaluate_robustness", run_name="__main__")
     table = pd.read_csv(path)
     assert picture.read_bytes().startswith(b"\x89PNG")
     content = json.loads(path.with_suffix(".json").read_text())
