@@ -219,29 +219,11 @@ def own_nets(photographs, tmp_path, monkeypatch) -> list:
     sys.modules.pop("my_nets", None)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--dataset", "digits"], ["trained with --dataset imagefolder, not digits", "leave --dataset out"]),
-        (["--image-size", 32], ["trained with --image-size 16, not 32", "leave --image-size out"]),
-        (["--data-dir", "three"], ["tells 2 classes apart, but imagefolder has 3", "--data-dir"]),
-    ],
-)
-def test_what_a_checkpoint_contradicts_is_refused(checkpoint, photographs, flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "test"):
-        shutil.copytree(photographs / split, f"three/{split}")
-        shutil.copytree(photographs / split / "china", f"three/{split}/third")
-    assert_one_line_error(run_main(evaluate_robustness, ["--model-filename", checkpoint, *flags], capsys), 2, *words)
-
-
-def test_outside_models_and_self_checks(own_nets, capsys):
+def test_an_outside_model(own_nets, capsys):
     result = run_main(evaluate_robustness, ["--model-arch", "my_nets:fine", *own_nets, *SMALL], capsys)
     assert result.returncode == 0, result.stderr
     assert "PGD, l2" in result.stdout
     assert "PGD alone" in result.stdout
-    result = run_main(evaluate_robustness, ["--model-arch", "my_nets:softmax", *own_nets, *SMALL], capsys)
-    assert_one_line_error(result, 1, "probabilities", "leave its softmax out")
 
 
 def test_autoattack_by_flag(own_nets, tmp_path, capsys):
@@ -258,24 +240,32 @@ def test_autoattack_by_flag(own_nets, tmp_path, capsys):
     assert summary["robust_accuracy"].keys() == {"pgd_l2", "autoattack_l2"}
 
 
-def test_missing_autoattack_is_said_before_anything_is_done(monkeypatch, capsys):
-    for package in ("autoattack", "pyautoattack"):
-        monkeypatch.setitem(sys.modules, package, None)
-    result = run_main(evaluate_robustness, ["--model-filename", "x.pt", "--autoattack"], capsys)
-    assert_one_line_error(result, 1, "pip install pyautoattack, or leave --autoattack out")
+X = ["--model-filename", "x.pt"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "code", "words"),
     [
-        ([], ["nothing to measure"]),
-        (["--model-arch", "resnet18"], ["nothing to measure"]),
-        (["--model-filename", "x.pt", "--output", "x.txt"], ["must end in .csv"]),
-        (["--model-filename", "x.pt", "--plot", "x.jpg"], ["must end in .png"]),
-        (["--model-filename", "x.pt", "--eps-l2", "0"], ["--eps-l2", "more than 0"]),
-        (["--model-filename", "x.pt", "--eps-linf", "8/0"], ["fraction such as 8/255"]),
-        (["--model-filename", "x.pt", "--norms", "l1"], ["invalid choice"]),
+        ([], 2, ["nothing to measure"]),
+        (["--model-arch", "resnet18"], 2, ["nothing to measure"]),
+        ([*X, "--output", "x.txt"], 2, ["must end in .csv"]),
+        ([*X, "--plot", "x.jpg"], 2, ["must end in .png"]),
+        ([*X, "--eps-l2", "0"], 2, ["--eps-l2", "more than 0"]),
+        ([*X, "--eps-linf", "8/0"], 2, ["fraction such as 8/255"]),
+        ([*X, "--norms", "l1"], 2, ["invalid choice"]),
+        ([*X, "--autoattack"], 1, ["pip install pyautoattack, or leave --autoattack out"]),  # before anything is done
+        (["trained", "--dataset", "digits"], 2, ["with --dataset imagefolder, not digits", "leave --dataset out"]),
+        (["trained", "--image-size", 32], 2, ["trained with --image-size 16, not 32", "leave --image-size out"]),
+        (["trained", "--data-dir", "three"], 2, ["tells 2 classes apart, but imagefolder has 3", "--data-dir"]),
+        (["--model-arch", "my_nets:softmax", "own"], 1, ["probabilities", "leave its softmax out"]),
     ],
 )
-def test_wrong_flags_end_in_one_line(flags, words, capsys):
-    assert_one_line_error(run_main(evaluate_robustness, flags, capsys), 2, *words)
+def test_errors(flags, code, words, checkpoint, own_nets, photographs, monkeypatch, capsys):
+    for package in ("autoattack", "pyautoattack"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for split in ("train", "test"):
+        shutil.copytree(photographs / split, f"three/{split}")
+        shutil.copytree(photographs / split / "china", f"three/{split}/third")
+    stands_for = {"trained": ["--model-filename", checkpoint], "own": [*own_nets, *SMALL]}
+    flags = [part for flag in flags for part in stands_for.get(flag, [flag])]
+    assert_one_line_error(run_main(evaluate_robustness, flags, capsys), code, *words)
