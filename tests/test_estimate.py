@@ -246,14 +246,6 @@ def test_the_summary_is_numpys():
     assert "--num-power-iter" in text
 
 
-def test_saturated_examples_are_reported(run):
-    """Margins of 500: the loss and its gradient underflow to 0 in float32."""
-    result = run("--model-arch", "my_models:flat", "--split", "test")
-    assert result.returncode == 0, result.stderr
-    assert "with zero gradient" in result.stdout
-    assert "train," not in result.stdout
-
-
 def test_two_processes_find_what_one_does(photographs, tmp_path, run, monkeypatch):
     flags = ["--model-arch", "my_models:ready", "--num-samples", 6, "--batch-size", 2]
     one = run(*flags, "--output", tmp_path / "one.csv")
@@ -313,7 +305,12 @@ def test_a_users_packages_may_be_called_as_ours_are(tmp_path, run, monkeypatch):
     assert utils.cli.__file__.startswith(str(ROOT))
 
 
-def test_samples_beyond_the_split_are_the_split_and_sixteen_bits_too_few(run):
+def test_what_the_script_says_of_unusual_models(run):
+    """Margins of 500, whose gradient underflows to 0 in float32; samples beyond the split; weights of 16 bits."""
+    result = run("--model-arch", "my_models:flat", "--split", "test")
+    assert result.returncode == 0, result.stderr
+    assert "with zero gradient" in result.stdout
+    assert "train," not in result.stdout
     flags = ["--model-filename", "torch.bfloat16.pt", "--num-samples", 1000, "--num-power-iter", 1]
     result = run("--model-arch", "my_models:Net", *flags, "--method", "power")
     assert "measured in float32" in result.stdout

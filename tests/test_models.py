@@ -14,17 +14,11 @@ from models.model_selector import model_architecture
 from models.resnet import ResidualBlock, ResNet
 
 
-@pytest.mark.parametrize("name", model_architecture)
-def test_maps_images_to_logits(name):
-    size = 32 if "vgg" in name else 16
-    with torch.no_grad():
-        assert model_architecture[name](7, input_size=size).eval()(torch.rand(2, 3, size, size)).shape == (2, 7)
-
-
-def test_the_default_input_size_is_32():
+def test_the_default_input_size_is_32(thin_vgg):
     model = model_architecture["vgg11lcnn"](10)
-    assert model.classifier.in_features == 2048
+    assert model.classifier.in_features == 64 * 4
     assert model.features[0].conv.v.shape == (1, 3, 32, 32)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(ValueError, match="multiple of 16"):
         model_architecture["vgg11"](10, input_size=40)
 
@@ -32,7 +26,9 @@ def test_the_default_input_size_is_32():
 PLAIN = (kinds.Conv2d, kinds.BatchNorm2d, nn.Softplus)
 
 
-@pytest.mark.parametrize(("name", "convolutions", "activations"), [("resnet34", 36, 33), ("vgg11", 10, 10)])
+@pytest.mark.parametrize(
+    ("name", "convolutions", "activations"), [("resnet18", 20, 17), ("resnet34", 36, 33), ("vgg11", 10, 10)]
+)
 @pytest.mark.parametrize(
     ("suffix", "types", "beta"),
     [
@@ -42,8 +38,11 @@ PLAIN = (kinds.Conv2d, kinds.BatchNorm2d, nn.Softplus)
         ("lcnn", (SpectralNormConv2d, kinds.LipschitzBatchNorm2d, kinds.CenteredSoftplus), None),
     ],
 )
-def test_layer_counts_and_types(name, convolutions, activations, suffix, types, beta):
-    modules = list(model_architecture[name + suffix](10, 16).modules())
+def test_layer_counts_types_and_logits(name, convolutions, activations, suffix, types, beta):
+    model = model_architecture[name + suffix](7, 16).eval()
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+    modules = list(model.modules())
     counts = [sum(type(module) is kind for module in modules) for kind in types]
     assert counts == [convolutions, convolutions, activations]
     assert {module.beta for module in modules if isinstance(module, nn.Softplus)} == ({beta} if beta else set())

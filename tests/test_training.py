@@ -24,7 +24,7 @@ def test_beta_and_gamma_have_no_weight_decay_and_everything_else_has():
 
 
 @pytest.mark.parametrize("num_epochs", [5, 7, 8, 20, 200])
-def test_the_schedule_is_torchs_multistep(num_epochs):
+def test_the_schedule_is_torchs_multistep_but_for_short_runs(num_epochs):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     milestones = [int(0.75 * num_epochs), int(0.875 * num_epochs)]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
@@ -32,6 +32,8 @@ def test_the_schedule_is_torchs_multistep(num_epochs):
         assert learning_rate(0.1, epoch, num_epochs) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+    for rates in ([1], [1, 0.1], [1, 0.1, 0.01], [1, 1, 0.1, 0.01]):  # they pass through each rate
+        assert [learning_rate(1.0, epoch, len(rates)) for epoch in range(1, len(rates) + 1)] == pytest.approx(rates)
 
 
 def test_momenta_of_an_optimizer_that_was_not_fused_go_on():
@@ -75,14 +77,6 @@ def test_a_weight_may_get_its_first_gradient_after_the_first_step():
             optimizer.step()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("num_epochs", "rates"), [(1, [1]), (2, [1, 0.1]), (3, [1, 0.1, 0.01]), (4, [1, 1, 0.1, 0.01])]
-)
-def test_short_runs_pass_through_each_rate(num_epochs, rates):
-    found = [learning_rate(1.0, epoch, num_epochs) for epoch in range(1, num_epochs + 1)]
-    assert found == pytest.approx(rates)
 
 
 def test_calibration_passes_over_batchnorms_that_keep_no_statistics():
