@@ -203,12 +203,9 @@ def forward(model: nn.Module, images: Tensor, num_classes: int | None, name: str
     except Exception as error:  # the user's code may raise anything
         message = f"{name}: fails on images of shape {shape}{mode} ({one_line(error)})"
         raise UserError(f"{message}; mend it or give images of its size") from error
-    if isinstance(logits, (tuple, list, dict)):
-        number = f"{len(logits)} output{'s' if len(logits) > 1 else ''}"
-        what = f"{number} in a {type(logits).__name__}{mode}"
-        raise UserError(f"{name}: gives {what}; return one tensor, the logits, in training and in eval mode")
     if not isinstance(logits, Tensor):
-        raise UserError(f"{name}: gives a {type(logits).__name__}{mode}; return the tensor of logits alone")
+        number = f" of {len(logits)} outputs" if isinstance(logits, (tuple, list, dict)) and model.training else ""
+        raise UserError(f"{name}: gives a {type(logits).__name__}{number}{mode}; return the tensor of logits alone")
     if num_classes is None:
         return logits
     found = tuple(logits.shape)

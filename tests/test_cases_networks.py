@@ -167,7 +167,7 @@ def test_trained_and_measured(brought, capsys, name, regularizer):
 
 
 REFUSED = {
-    "Auxiliary": "gives 2 outputs in a tuple in training mode; return one tensor",
+    "Auxiliary": "gives a tuple of 2 outputs in training mode; return the tensor of logits alone",
     "frozen": "nothing is trainable; set requires_grad",
     "WithoutGradient": "gives logits without gradient in training; remove any no_grad or detach",
     "Unsavable": "its state cannot be saved and loaded",

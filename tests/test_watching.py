@@ -46,7 +46,7 @@ class Rounded(nn.Module):
 @pytest.fixture
 def watched(photographs, tmp_path, monkeypatch, capsys):
     """watched(folder, flags...) trains a small network into the folder; what it printed, or the folder's checkpoint."""
-    (tmp_path / "small_net.py").write_text(NETS)
+    (tmp_path / "watched_net.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
     data = ["--dataset", "imagefolder", "--data-dir", photographs]
@@ -61,7 +61,7 @@ def watched(photographs, tmp_path, monkeypatch, capsys):
 def row_of(checkpoint, folder, capsys) -> dict:
     """What estimate_curvature.py measures of 7 test images of a checkpoint."""
     flags = ["--model-filename", checkpoint, "--split", "test", "--num-samples", 7, "--output", folder / "found.json"]
-    arch = read_checkpoint(checkpoint)["model_arch"] if "small_net" not in checkpoint.name else "small_net:make"
+    arch = read_checkpoint(checkpoint)["model_arch"] if "watched_net" not in checkpoint.name else "watched_net:make"
     result = run_main(estimate_curvature, [*flags, "--model-arch", arch], capsys)
     assert result.returncode == 0, result.stderr
     (part,) = json.loads((folder / "found.json").read_text())["measurements"]
@@ -73,7 +73,7 @@ def row_of(checkpoint, folder, capsys) -> dict:
     [
         ("resnet18lcnn", ["--regularizer", "curvature_and_gnorm"]),
         ("resnet18lcnn", ["--regularizer", "gnorm", "--precision", "bf16"]),
-        ("small_net:make", ["--adversarial-training", "--precision", "bf16"]),
+        ("watched_net:make", ["--adversarial-training", "--precision", "bf16"]),
     ],
 )
 def test_the_curvature_of_each_epoch_is_its_checkpoints(arch, more, watched, tmp_path, capsys):
@@ -99,8 +99,8 @@ def test_the_curvature_of_each_epoch_is_its_checkpoints(arch, more, watched, tmp
 
 
 def test_a_resumed_run_goes_on_watching(watched, tmp_path, monkeypatch):
-    flags = ["--model-arch", "small_net:make", "--num-epochs", 3, "--measure-curvature", 7]
-    name = "small_net.make_imagefolder"
+    flags = ["--model-arch", "watched_net:make", "--num-epochs", 3, "--measure-curvature", 7]
+    name = "watched_net.make_imagefolder"
     assert watched("whole", *flags, "--save-every", 1).returncode == 0
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
@@ -116,8 +116,8 @@ def test_a_resumed_run_goes_on_watching(watched, tmp_path, monkeypatch):
 
 
 def test_epochs_of_a_replaced_run_do_not_stay(watched, tmp_path):
-    flags = ["--model-arch", "small_net:make", "--num-epochs", 2]
-    folder, name = tmp_path / "run", "small_net.make_imagefolder"
+    flags = ["--model-arch", "watched_net:make", "--num-epochs", 2]
+    folder, name = tmp_path / "run", "watched_net.make_imagefolder"
     assert watched("run", *flags, "--save-every", 1).returncode == 0
     mine = shutil.copy(folder / f"{name}_epoch1.pt", folder / f"{name}_epoch1_mine.pt")
     failed = watched("run", *flags, "--overwrite", "--lr", 1e30)  # until there is something in their place
@@ -132,8 +132,8 @@ def test_epochs_of_a_replaced_run_do_not_stay(watched, tmp_path):
 
 
 def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(watched, monkeypatch):
-    result = watched("run", "--model-arch", "small_net:Rounded", "--measure-curvature", 7)
-    assert_one_line_error(result, 1, "small_net:Rounded: its logits do not depend differentiably on the pixels")
+    result = watched("run", "--model-arch", "watched_net:Rounded", "--measure-curvature", 7)
+    assert_one_line_error(result, 1, "watched_net:Rounded: its logits do not depend differentiably on the pixels")
     assert "epoch 1" not in result.stdout
 
     class Named(CELoss):
@@ -142,16 +142,16 @@ def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(wat
             return self.losses(input, target).mean()
 
     monkeypatch.setitem(regularizers, "named", lambda model, flags: Named(model))
-    flags = ["--model-arch", "small_net:make", "--regularizer", "named", "--num-epochs", 1]
+    flags = ["--model-arch", "watched_net:make", "--regularizer", "named", "--num-epochs", 1]
     assert_one_line_error(watched("run", *flags, "--measure-curvature", 2), 2, "Named", "'curvature'", "rename it")
     assert watched("run", *flags).returncode == 0
 
 
 def test_two_processes_measure_what_one_does(watched, photographs, tmp_path, capsys):
-    flags = ["--model-arch", "small_net:make", "--dataset", "imagefolder", "--data-dir", photographs]
+    flags = ["--model-arch", "watched_net:make", "--dataset", "imagefolder", "--data-dir", photographs]
     flags += ["--image-size", 16, "--batch-size", 10, "--lr", 0.01, "--num-epochs", 2, "--measure-curvature", 7]
     finish(launch(2, ROOT / "train_models.py", *flags, "--output-dir", tmp_path / "two"))
-    path = tmp_path / "two" / "small_net.make_imagefolder.pt"
+    path = tmp_path / "two" / "watched_net.make_imagefolder.pt"
     found = {name: read_checkpoint(path)["metrics"][-1][name] for name in QUANTITIES}
     assert found == pytest.approx(row_of(path, tmp_path, capsys), rel=1e-5)
 
@@ -243,7 +243,7 @@ def test_cells_of_a_table_with_and_without_standard_deviations():
 
 
 def test_training_that_ends_at_chance_says_so_once(watched, monkeypatch):
-    flags = ["--model-arch", "small_net:make", "--num-epochs", 3]
+    flags = ["--model-arch", "watched_net:make", "--num-epochs", 3]
     for accuracy, times in ((50.0, 1), (100.0, 0)):
         monkeypatch.setattr(train_models, "evaluate", lambda *_, accuracy=accuracy: (0.7, accuracy))
         result = watched(str(accuracy), *flags)

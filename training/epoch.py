@@ -127,6 +127,8 @@ class TrainingStep:
     def __init__(self, loss: CELoss):
         equalize(loss)
         self.loss, self.keys = loss, loss.state_dict().keys()
+        # a buffer that is None may be filled later
+        self.keys |= {f"{path}.{name}".lstrip(".") for path, m in loss.named_modules() for name in m._buffers}
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
