@@ -5,7 +5,7 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -81,14 +81,20 @@ def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
 @contextmanager
 def torch_settings_kept() -> Iterator[None]:
     """What a module of the user's sets when it is imported, for its own scripts, is put back."""
-    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:  # merely to set it slows every later call
-            torch.set_default_device(device)
+    device, cudnn = torch.get_default_device(), torch.backends.cudnn
+    with ExitStack() as put_back:
+        put_back.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        put_back.callback(torch.set_default_dtype, torch.get_default_dtype())
+        put_back.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        for name in ("benchmark", "allow_tf32"):
+            put_back.callback(setattr, cudnn, name, getattr(cudnn, name))
+        with suppress(RuntimeError):  # settings made through torch's newer fp32_precision stay as they are
+            put_back.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        try:
+            yield
+        finally:
+            if torch.get_default_device() != device:  # merely to set it slows every later call
+                torch.set_default_device(device)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -128,12 +134,21 @@ def build_outside_network(
         raise UsageError(
             f"{model_arch}: returns TorchScript, which cannot be trained or measured; return the model itself"
         )
-    model = uncompiled(model).eval()
+    try:
+        model = uncompiled(model).eval()
+    except Exception as error:  # an exported program has no modes
+        raise UserError(f"{model_arch}: has no eval mode ({one_line(error)}); return the model itself") from error
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise UserError(f"{model_arch}: has weights on the meta device, without values; build it on the CPU")
     if lcnn or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         example = torch.zeros(1, 3, image_size, image_size, dtype=like.dtype, device=like.device)
         with torch.no_grad():  # old weight_norm computes its weight here: one that carries no gradient can be copied
             forward(model, example, None, model_arch)
+        lazy = [n for n, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+        if lazy:
+            problem = f"its forward in eval mode does not initialize the lazy {lazy[0]}"
+            raise UserError(f"{model_arch}: {problem}; give that layer its sizes, or remove it")
     if lcnn:
         try:
             model, report = low_curvature(model, example)
@@ -172,14 +187,23 @@ def check_training(model: nn.Module, images: Tensor, num_classes: int, name: str
     except Exception as error:
         problem = f"its state cannot be saved and loaded ({type(error).__name__})"
         raise UserError(f"{name}: {problem}; keep plain numbers, text and tensors in it") from error
-    filled_later = [(m, key) for m in model.modules() for key, buffer in m._buffers.items() if buffer is None]
+    buffers = [(module, *item) for module in model.modules() for item in module._buffers.items()]
+    unsaved = [(m, key, None) for m, key, buffer in buffers if buffer is None]  # filled by the first batch
+    unsaved += [(m, key, b.clone()) for m, key, b in buffers if b is not None and key in m._non_persistent_buffers_set]
     try:
-        logits = forward(model.train(), images, num_classes, name)
-        if not logits.requires_grad:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            logits = forward(model.train(), images, num_classes, name)
+        if logits.requires_grad:
+            try:
+                logits.sum().backward()
+            except Exception:  # the first step says it, with the remedy
+                return
+        if all(parameter.grad is None for parameter in model.parameters()):
             raise UserError(f"{name}: gives logits without gradient in training; remove any no_grad or detach")
     finally:
-        for module, key in filled_later:
-            module._buffers[key] = None
+        model.zero_grad()
+        for module, key, buffer in unsaved:
+            module._buffers[key] = buffer
         try:
             model.eval().load_state_dict(state)  # the statistics as they were
         except Exception as error:
@@ -200,7 +224,7 @@ def forward(model: nn.Module, images: Tensor, num_classes: int | None, name: str
     shape, expected = tuple(images.shape), (len(images), num_classes)
     try:
         logits = model(images.clone())
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         message = f"{name}: fails on images of shape {shape}{mode} ({one_line(error)})"
         raise UserError(f"{message}; mend it or give images of its size") from error
     if not isinstance(logits, Tensor):

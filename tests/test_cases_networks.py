@@ -21,6 +21,8 @@ from torch import nn
 
 torch.set_grad_enabled(False)  # as scripts do that only evaluate
 torch.set_default_dtype(torch.float64)
+torch.set_float32_matmul_precision("medium")
+torch.backends.cudnn.benchmark = True
 
 class Tiny(nn.Module):
     def __init__(self, num_classes=10):
@@ -82,6 +84,23 @@ class WithoutGradient(Tiny):
     def forward(self, x):
         return super().forward(x)
 
+class Exits(Tiny):
+    def forward(self, x):
+        raise SystemExit(3)
+
+class Unconnected(Tiny):  # as quantized layers are: a gradient, but not of the parameters
+    def forward(self, x):
+        return super().forward(x).detach().requires_grad_()
+
+class NoModes(Tiny):  # as torch.export's
+    def train(self, mode=True):
+        raise NotImplementedError("no train()")
+
+class LazyInTraining(Tiny):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.auxiliary = nn.LazyLinear(num_classes)
+
 class CompiledForward(Tiny):
     @torch.compile(backend="aot_eager")
     def forward(self, x):
@@ -89,6 +108,13 @@ class CompiledForward(Tiny):
 
 def frozen(num_classes):
     return Tiny(num_classes).requires_grad_(False)
+
+def meta():
+    with torch.device("meta"):
+        return Tiny()
+
+def inplace():
+    return nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(768, 10))  # torch's layers alone
 
 def lazy():
     head = nn.Flatten(), nn.LazyLinear(10)
@@ -172,6 +198,12 @@ REFUSED = {
     "WithoutGradient": "gives logits without gradient in training; remove any no_grad or detach",
     "Unsavable": "its state cannot be saved and loaded",
     "scripted": "returns TorchScript",
+    "Exits": "fails on images of shape (2, 3, 16, 16) (SystemExit: 3)",
+    "Unconnected": "gives logits without gradient in training",
+    "NoModes": "has no eval mode",
+    "LazyInTraining": "does not initialize the lazy auxiliary.weight; give that layer its sizes",
+    "meta": "meta device",
+    "inplace": "inplace=False",
     "CompiledForward": "leave torch.compile out of it",
 }
 
@@ -184,12 +216,30 @@ def test_refused_before_the_first_epoch(brought, capsys, name, words):
     assert not list((brought / "runs").glob("*.pt"))
 
 
+def test_what_an_import_sets_in_torch_is_put_back(brought):
+    def settings():
+        cudnn = torch.backends.cudnn
+        precision = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32
+        return torch.is_grad_enabled(), torch.get_default_dtype(), *precision
+
+    before = settings()
+    build_outside_network("brought:tiny", 10, 16)
+    assert settings() == before
+
+
 def test_the_check_leaves_the_network_as_it_was(brought):
     model = build_outside_network("brought:tiny", 10, 16).float()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     check_training(model, torch.rand(2, 3, 16, 16), 10, "tiny")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    random, dropout = torch.get_rng_state(), torch.nn.Sequential(torch.nn.Dropout(), model)
+    dropout.register_buffer("unsaved", torch.zeros(1), persistent=False)
+    dropout.register_forward_pre_hook(lambda module, _: setattr(module, "unsaved", module.unsaved + 1))
+    check_training(dropout, torch.rand(2, 3, 16, 16, generator=torch.Generator()), 10, "dropout")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not dropout.unsaved
     model = build_outside_network("brought:Extra", 10, 16).float()
     check_training(model, torch.rand(2, 3, 16, 16), 10, "Extra")
     assert model.steps == 0

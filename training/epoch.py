@@ -275,7 +275,9 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
         files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
         last = max(i for i, file in enumerate(files) if Path(torch.__file__).parent not in file.parents)
         in_autograd = [file.parent.name for file in files[last + 1 :]][:1] == ["autograd"]
-        in_the_loss = files[last].name == "regularized_loss.py" and not in_autograd
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        in_network = any(frame.f_locals.get("self") is loss.model for frame in frames)  # one of torch's layers alone
+        in_the_loss = files[last].name == "regularized_loss.py" and not in_autograd and not in_network
         if isinstance(loss.model, OUR_NETWORKS) or in_the_loss:
             raise
         if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
@@ -287,6 +289,8 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
             remedy = "--no-strong-determinism-wanted may help"
         elif "was compiled" in str(error):
             remedy = "leave torch.compile out of it"
+        elif "leaf Variable that requires grad" in str(error):
+            remedy = "change its input nowhere in place: inplace=False in the first layer"
         elif "used in the graph" in str(error):
             remedy = "remove any no_grad or detach from its forward"
         raise UserError(f"{model_arch}: cannot be trained with {name} ({one_line(error)}); {remedy}") from error
