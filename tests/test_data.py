@@ -157,6 +157,14 @@ def test_names_in_any_script(photographs, tmp_path, capsys):
     assert_one_line_error(run_main(train_models, flags, capsys), 1, "two\\nlines.png cannot be read")
 
 
+@pytest.mark.parametrize(("names", "printed"), [("0 1 10 2", True), ("00 01 10", False), ("0 1 a 10 2", False)])
+def test_numbered_classes_in_another_order_are_printed(tmp_path, capsys, names, printed):
+    patch = Image.new("L", (4, 4))
+    data = load_dataset("imagefolder", image_folder(tmp_path, {f"{name}/0.png": patch for name in names.split()}), 16)
+    assert data.class_names == sorted(names.split())
+    assert (", ".join(data.class_names) in capsys.readouterr().out) == printed
+
+
 def test_imagefolder_errors_name_the_file(photographs, tmp_path):
     patch = (photographs / "train/china/0.png").read_bytes()
 
