@@ -11,7 +11,7 @@ import io
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -73,21 +73,21 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
     content = read_file(Path(path))
     if isinstance(content, dict) and content.get("format") == FORMAT["format"]:
         check_own_format(content, path)
-        own = content["model_arch"]
+        content["model"] = find_state_dict(content["model"], path)
     elif model_arch in (None, *model_architecture):
         content = convert_reference_checkpoint(find_state_dict(content, path), path)
-        own = content["model_arch"]
-        if model_arch == f"{own}lowbeta":  # the reference does not record the activation's sharpness
-            own = content["model_arch"] = model_arch
+        if model_arch == content["model_arch"] + "lowbeta":  # the reference does not record the activation's sharpness
+            content["model_arch"] = model_arch
     else:
-        return {"model_arch": model_arch, "model": find_state_dict(content, path)}
+        content = {"model_arch": model_arch, "model": find_state_dict(content, path)}
+    own = content["model_arch"]
     if model_arch not in (None, own):
         raise UsageError(f"{path} holds a {own}, not a {model_arch}; leave --model-arch out")
     return content
 
 
 def read_file(path: Path):
-    """What torch.save wrote at path, on the CPU: tensors and plain values only, or UserError."""
+    """What torch.save or safetensors wrote at path, on the CPU: tensors and plain values only, or UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
     with path.open("rb") as file:
@@ -97,9 +97,11 @@ def read_file(path: Path):
     if start.lstrip().startswith((b"{", b"[")) or (b"," in start.partition(b"\n")[0] and b"\0" not in start):
         remedy = "give it to --compare of estimate_curvature.py, or here the checkpoint, a .pt file"
         raise UserError(f"{path} is a table of results, not weights; {remedy}")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors import torch as safetensors
+
+            return safetensors.load_file(path)
         if zipfile.is_zipfile(path):  # torch itself lets flipped bits in tensors pass
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
@@ -107,46 +109,32 @@ def read_file(path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript and sparse tensors, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        if found := re.search(r"(?:GLOBAL|class|function) ([\w.]+) (?:was not an allowed|whose module)", str(error)):
-            problem = f"{path} holds the Python class or function {found[1]}, which is not loaded"
-            remedy = "if you trust the file, read it with weights_only=False and torch.save its weights alone"
-            raise UserError(f"{problem}; {remedy}") from None
-        if "TorchScript" in str(error):
-            remedy = "save its weights alone, by torch.save(torch.jit.load(file).state_dict(), another)"
-            raise UserError(f"{path} is a TorchScript archive, whose code is not run; {remedy}") from None
-        reason = f"truncated, damaged, or not plain tensors ({type(error).__name__})"
-        raise UserError(f"{path}: not readable weights: {reason}; {REMEDY}") from error
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file; UserError where the package is missing, or the file is damaged."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
     except ImportError as error:
         raise UserError(f"{path}: pip install safetensors, or give a file that torch.save wrote") from error
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not readable weights ({one_line(error)}); {REMEDY}") from error
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        problem = f": not readable weights ({type(error).__name__}): truncated, damaged, or not plain tensors"
+        remedy = REMEDY
+        if found := re.search(r"(?:GLOBAL|class|function) ([\w.]+) (?:was not an allowed|whose module)", str(error)):
+            problem = f" holds the Python class or function {found[1]}, which is not loaded"
+            remedy = "if you trust the file, read it with weights_only=False and torch.save its weights alone"
+        elif "TorchScript" in str(error):
+            problem = " is a TorchScript archive, whose code is not run"
+            remedy = "save its weights alone, by torch.save(torch.jit.load(file).state_dict(), another)"
+        raise UserError(f"{path}{problem}; {remedy}") from error
 
 
 def check_own_format(checkpoint: dict, path: str | Path) -> None:
-    """Raise UserError unless a checkpoint of ours is whole, and of version 1."""
+    """Raise UserError unless a checkpoint of ours has all that it needs, and is of version 1."""
     if checkpoint.get("version") != FORMAT["version"]:
         raise UserError(f"{path}: checkpoint version {checkpoint.get('version')}; this program reads version 1")
-    if missing := REQUIRED.keys() - checkpoint.keys():
-        raise UserError(f"{path}: an incomplete checkpoint, without {', '.join(sorted(missing))}")
-    foreign = f"{path}: not a checkpoint of this program"
+    foreign = f"{path}: an incomplete checkpoint, or none of this program"
     for name, kind in REQUIRED.items():
-        if type(checkpoint[name]) is not kind:
+        if type(checkpoint.get(name)) is not kind:
             raise UserError(f"{foreign}: {name} is no {kind.__name__}")
     if checkpoint["image_size"] < 1:
         raise UserError(f"{foreign}: its image size is {checkpoint['image_size']}")
     if not isinstance(checkpoint["flags"].get("data_dir", ""), str):
         raise UserError(f"{foreign}: its data_dir is no folder's name")
-    as_state_dict(checkpoint["model"], path)
 
 
 def find_state_dict(content, path: str | Path) -> dict[str, Tensor]:
@@ -159,8 +147,10 @@ def find_state_dict(content, path: str | Path) -> dict[str, Tensor]:
         UserError: if there is none, or if there are several, all under other names; it tells them.
     """
     found = dict(state_dicts(content))
-    if not found or "" in found:
-        return as_state_dict(content, path)
+    if "" in found:
+        return content
+    if not found:
+        raise UserError(f"{path}: holds no state_dict, and is no checkpoint of this program; {REMEDY}")
     usual = [names for names in found if set(names.split(".")) <= set(WRAPPERS)]
     if not usual and len(found) > 1:
         candidates = " and ".join(map(repr, list(found)[:4]))
@@ -184,23 +174,16 @@ def state_dicts(content, name: str = "") -> Iterator[tuple[str, dict[str, Tensor
 
 
 def is_state_dict(content) -> bool:
-    """Whether it maps names to plain tensors; an extra state may be anything."""
+    """Whether it maps names to dense tensors with all of their numbers in the file; an extra state may be anything."""
 
-    def is_plain(key, value) -> bool:  # dense, with all of its numbers in the file
-        if isinstance(key, str) and key.endswith(EXTRA_STATE):
-            return True
-        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+    def is_plain(key, value) -> bool:
+        if not isinstance(key, str) or key.endswith(EXTRA_STATE):
+            return isinstance(key, str)
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             return False
         return value.nbytes <= value.untyped_storage().nbytes()
 
     return isinstance(content, dict) and len(content) > 0 and all(is_plain(*entry) for entry in content.items())
-
-
-def as_state_dict(content, path: str | Path) -> dict[str, Tensor]:
-    """The content of a file, if it is a state_dict of plain tensors; UserError otherwise."""
-    if not is_state_dict(content):
-        raise UserError(f"{path}: holds no state_dict, and is no checkpoint of this program; {REMEDY}")
-    return content
 
 
 def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes=None, image_size=None) -> nn.Module:
@@ -226,12 +209,12 @@ def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes
         except (RuntimeError, TypeError, ValueError) as error:
             sizes = f"its image size {image_size} and {num_classes} classes"
             raise UserError(f"{path}: {sizes} do not fit a {arch} ({one_line(error)})") from error
-    elif ":" in arch:
-        if arch != model_arch:
-            raise UsageError(f"{path} is of a network that {arch} makes; if you trust that, give --model-arch {arch}")
-        model = build_network(arch, num_classes, image_size, lcnn, quiet="format" in checkpoint)
-    else:
+    elif ":" not in arch:
         raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
+    elif arch != model_arch:
+        raise UsageError(f"{path} is of a network that {arch} makes; if you trust that, give --model-arch {arch}")
+    else:
+        model = build_network(arch, num_classes, image_size, lcnn, quiet="format" in checkpoint)
     if "format" in checkpoint:
         fill_buffers(model, checkpoint["model"])
     if "model" in checkpoint:
@@ -256,19 +239,18 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
             found = state.get(key, own)
             if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
                 raise TypeError(f"{key} is of {found.dtype}")
-        weights = [(key, weight.dtype) for key, weight in model.named_parameters() if weight.is_floating_point()]
-        pairs = {(own, state[key].dtype if key in state else own) for key, own in weights}
+        weights = [(key, weight) for key, weight in model.named_parameters() if weight.is_floating_point()]
+        pairs = {(weight.dtype, state.get(key, weight).dtype) for key, weight in weights}
         dtypes = {torch.promote_types(*pair) for pair in pairs}
         dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
         for narrow in {theirs for _, theirs in pairs} - dtypes:
             print(f"{path}: weights of {narrow} are measured in {str(dtype).removeprefix('torch.')}")
-        if any(weight.is_meta for weight in model.parameters()):
-            model.load_state_dict(state, assign=True)
+        on_meta = any(weight.is_meta for weight in model.parameters())
+        if not on_meta and dtypes != {own for own, _ in pairs}:
+            model.to(dtype)
+        model.load_state_dict(state, assign=on_meta)
+        if on_meta:
             model.to(dtype=dtype, memory_format=torch.contiguous_format)
-        else:
-            if dtypes != {own for own, _ in pairs}:
-                model.to(dtype)
-            model.load_state_dict(state)
     except UserError:
         raise
     except Exception as error:  # the code of another project's model runs here
@@ -298,9 +280,9 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
     """
     if state.keys() == own.keys():
         return state
-    keys = [key for key in state if key in own or key.split(".")[-1] != "n_averaged"]
+    keys = [key for key in state if key in own or not key.endswith("n_averaged")]
 
-    def pairs(segments: Collection[str]) -> dict[str, str]:  # the model's key -> the file's
+    def pairs(segments: Iterable[str]) -> dict[str, str]:  # the model's key -> the file's
         theirs, ours = bare_names(keys, segments), bare_names(own, segments)
         return {key: theirs[bare] for bare, key in ours.items() if bare in theirs}
 
@@ -311,8 +293,8 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
     unexpected = [key for key in keys if key not in used]
     if unexpected or not all(key.endswith("num_batches_tracked") for key in missing):
         problem = f"{len(missing)} keys of the model missing, {len(unexpected)} unexpected"
-        problem += f"; first missing {missing[0]}" if missing else ""
-        problem += f"; first unexpected {unexpected[0]}" if unexpected else ""
+        for what, left_over in (("missing", missing), ("unexpected", unexpected)):
+            problem += f"; first {what} {left_over[0]}" if left_over else ""
         raise UserError(f"{path}: the weights do not fit {name} ({problem}); {FITTING}")
     if renamed := [key for key in own if found.get(key, key) != key]:
         example = f"{found[renamed[0]]} read as {renamed[0]}"
@@ -320,15 +302,12 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
     return {key: state[theirs] for key, theirs in found.items()}
 
 
-def bare_names(keys: Iterable[str], segments: Collection[str]) -> dict[str, str]:
+def bare_names(keys: Iterable[str], segments: Iterable[str]) -> dict[str, str]:
     """Each key without these segments -> the key. A number in front goes, a Sequential's, if all keys have it."""
-    names = {key: key.split(".") for key in keys}
-    names = {key: [part for part in parts[:-1] if part not in segments] + parts[-1:] for key, parts in names.items()}
-    while len({parts[0] for parts in names.values()}) == 1 and all(
-        len(parts) > 1 and parts[0].isdigit() for parts in names.values()
-    ):
-        names = {key: parts[1:] for key, parts in names.items()}
-    return {".".join(parts): key for key, parts in names.items()}
+    names = {re.sub(rf"(?<![^.])({'|'.join(segments)})\.", "", key): key for key in keys}
+    while len(numbers := {re.match(r"(\d+\.)?", name)[0] for name in names}) == 1 and any(numbers):
+        names = {name.removeprefix(*numbers): key for name, key in names.items()}
+    return names
 
 
 def load_model(path: str | Path, model_arch: str | None = None) -> nn.Module:
