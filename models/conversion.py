@@ -7,7 +7,7 @@ functions become modules first (models/tracing.py).
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -107,8 +107,11 @@ def _replace(
     uses = defaultdict(list)
     for call in calls:
         uses[call.name].append(call)
-    for name in _layers(network):  # what the example did not reach
-        uses[name] += []
+    layers = [name for name, module in network.named_modules() if isinstance(module, LAYERS)]
+    inside_layers = tuple(f"{name}." for name in layers)
+    for name in layers:  # what the example did not reach
+        if not name.startswith(inside_layers):
+            uses.setdefault(name, [])
     replaced, left = [], []
     normalized = {}  # the layers that are now, by their paths
     for name, its_calls in uses.items():
@@ -137,15 +140,6 @@ def _replace(
         replaced.append(Entry(name, kind, outcome))
         network = put(network, module, new)
     return network, replaced, left
-
-
-def _layers(module: nn.Module, name: str = "") -> Iterator[str]:
-    """The paths of the layers in the module tree, but not of layers inside layers, in order."""
-    if isinstance(module, LAYERS):
-        yield name
-        return
-    for child_name, child in module.named_children():
-        yield from _layers(child, f"{name}.{child_name}".lstrip("."))
 
 
 def _converted(layer: nn.Module, calls: list[Call], enabled: dict[str, bool], tied: bool) -> nn.Module | str | None:

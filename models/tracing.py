@@ -32,15 +32,15 @@ class FunctionCall(nn.Module):
         super().__init__()
         self.kind = kind_of_function(function)
         self.function, self.args, self.kwargs = function, args, kwargs
+        self.inplace = function.__name__.endswith("_") or any(value is True for value in (*args, *kwargs.values()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x.clone(), *self.args, **self.kwargs)  # a clone, as the function may work in place
 
 
-ACTIVATIONS = (FunctionCall, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
-ACTIVATIONS += (nn.Hardswish, nn.Softplus, nn.Hardsigmoid)
-ACTIVATION_FUNCTIONS = ("relu()", "relu6()", "leaky_relu()", "elu()", "celu()", "selu()", "gelu()", "silu()", "mish()")
-ACTIVATION_FUNCTIONS += ("hardswish()", "softplus()", "hardsigmoid()")
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
+ACTIVATIONS += (nn.Softplus, nn.Hardsigmoid, FunctionCall)
+ACTIVATION_FUNCTIONS = {"leaky_relu()", *(f"{kind.__name__.lower()}()" for kind in ACTIVATIONS)}
 LEFT = {  # the modules of torch.nn and the functions that have no low-curvature version, by the reason
     "attention multiplies its input with itself: no bound on its Lipschitz constant": """
         MultiheadAttention scaled_dot_product_attention()""",
@@ -86,9 +86,9 @@ def is_activation(module: nn.Module) -> bool:
     return isinstance(module, ACTIVATIONS) and not low and not altered(module)
 
 
-def is_activation_call(kind: str, args: tuple, kwargs: dict) -> bool:
-    """Whether the call of a function is."""
-    beta = kwargs.get("beta", args[1] if len(args) > 1 else 1)
+def is_activation_call(function: Callable | str, args: tuple, kwargs: dict) -> bool:
+    """Whether the call of a function or tensor method is."""
+    kind, beta = kind_of_function(function), kwargs.get("beta", args[1] if len(args) > 1 else 1)
     low = kind == "softplus()" and not (isinstance(beta, int | float) and beta > LOW_BETA)
     return kind in ACTIVATION_FUNCTIONS and not low
 
@@ -142,7 +142,7 @@ class _Observer(TorchFunctionMode):
         kind, inputs = kind_of_function(function), (*args, *kwargs.values())
         sizes = [value.numel() for value in inputs if isinstance(value, Tensor)]
         scaling = kind in ("mul()", "multiply()") and sum(size > 1 for size in sizes) < 2  # a number times a tensor
-        if is_activation_call(kind, args, kwargs) or (kind in REASONS and not scaling):
+        if is_activation_call(function, args, kwargs) or (kind in REASONS and not scaling):
             self._note(f"{self.owners[-1]}.{kind}".lstrip("."), kind, inputs)
         return output
 
@@ -178,13 +178,9 @@ def separate_activations(model: nn.Module, example_input: Tensor) -> tuple[nn.Mo
     expected, calls = observe(original, example_input)
     network, reasons, taken = copy.deepcopy(original), {}, set()
     num_calls = Counter(call.name for call in calls)
-
-    def needs_graph(call: Call) -> bool:
-        if call.kind:
-            return call.kind in ACTIVATION_FUNCTIONS
-        return num_calls[call.name] > 1 and is_activation(original.get_submodule(call.name))
-
-    for owner in dict.fromkeys(call.owner for call in calls if needs_graph(call)):
+    repeated = {name for name, module in original.named_modules() if num_calls[name] > 1 and is_activation(module)}
+    owners = (call.owner for call in calls if call.kind in ACTIVATION_FUNCTIONS or call.name in repeated)
+    for owner in dict.fromkeys(owners):
         module = network.get_submodule(owner)
         try:
             network = put(network, module, _as_graph(module, taken))
@@ -209,26 +205,19 @@ def _as_graph(module: nn.Module, taken: set[nn.Module]) -> nn.Module:
     exception if the forward cannot be traced; the module is then unchanged.
     """
     graph = _own_graph(module)
-    nodes = [node for node in graph.nodes if _calls_activation(module, node)]
-    if any(len(node.all_input_nodes) != 1 for node in nodes):
+    activations = {node: found for node in graph.nodes if (found := _activation(module, node))}
+    if any(len(node.all_input_nodes) != 1 for node in activations):
         raise ValueError("an activation's parameters are computed")
     before = set(module.modules())
-    for node in nodes:
+    for node, activation in activations.items():
         (x,) = node.all_input_nodes
-        if node.op == "call_module":
-            path, activation = node.target, module.get_submodule(node.target)
-            in_place = getattr(activation, "inplace", False)
-            if activation in taken:
-                path, activation = _free_path(module, path), copy.deepcopy(activation)
-            taken.add(activation)
-        else:
-            function = getattr(Tensor, node.target) if node.op == "call_method" else node.target
-            args, kwargs = node.args[1:], {name: value for name, value in node.kwargs.items() if value is not x}
-            in_place = function.__name__.endswith("_") or any(value is True for value in (*args, *kwargs.values()))
-            path, activation = _free_path(module, node.name), FunctionCall(function, args, kwargs)
+        path = node.target if node.op == "call_module" else node.name
+        if activation in taken or node.op != "call_module":
+            path, activation = _free_path(module, path), copy.deepcopy(activation)
+        taken.add(activation)
         module.set_submodule(path, activation)
         node.op, node.target, node.args, node.kwargs = "call_module", path, (x,), {}
-        if in_place:  # from here on, the input was the result
+        if getattr(activation, "inplace", False):  # from here on, the input was the result
             x.replace_all_uses_with(node, lambda user, node=node: user > node)
     if before == set(module.modules()):
         return module
@@ -252,11 +241,16 @@ def _own_graph(module: nn.Module) -> fx.Graph:
     return evaluation
 
 
-def _calls_activation(module: nn.Module, node: fx.Node) -> bool:
+def _activation(module: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The activation that a node of the module's graph calls; None if it calls none."""
     if node.op == "call_module":
-        return is_activation(module.get_submodule(node.target))
-    is_call = node.op in ("call_function", "call_method")
-    return is_call and is_activation_call(kind_of_function(node.target), node.args, node.kwargs)
+        called = module.get_submodule(node.target)
+        return called if is_activation(called) else None
+    if node.op not in ("call_function", "call_method") or not is_activation_call(node.target, node.args, node.kwargs):
+        return None
+    function = getattr(Tensor, node.target) if node.op == "call_method" else node.target
+    kwargs = {name: value for name, value in node.kwargs.items() if not isinstance(value, fx.Node)}
+    return FunctionCall(function, node.args[1:], kwargs)
 
 
 def _free_path(module: nn.Module, path: str) -> str:
