@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from models.model_selector import build_network, model_architecture
+from models.outside import explained
 from models.reference import convert_reference_checkpoint
-from utils.errors import UsageError, UserError, one_line
+from utils.errors import UsageError, UserError
 from utils.files import write_atomically
 
 FORMAT = {"format": "lcnn", "version": 1}
@@ -203,12 +204,10 @@ def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes
     num_classes = checkpoint.get("num_classes", num_classes)
     image_size = checkpoint.get("image_size", image_size)
     if arch in model_architecture:
-        try:
-            with torch.device("meta"):  # sizes that the weights turn out not to have take no memory
-                model = build_network(arch, num_classes, image_size)
-        except (RuntimeError, TypeError, ValueError) as error:
-            sizes = f"its image size {image_size} and {num_classes} classes"
-            raise UserError(f"{path}: {sizes} do not fit a {arch} ({one_line(error)})") from error
+        problem = f"{path}: its image size {image_size} and {num_classes} classes do not fit a {arch}"
+        # on the meta device, sizes that the weights turn out not to have take no memory
+        with explained(problem, "use another copy of it"), torch.device("meta"):
+            model = build_network(arch, num_classes, image_size)
     elif ":" not in arch:
         raise UserError(f"{path}: unknown architecture {arch!r}; there are {', '.join(model_architecture)}")
     elif arch != model_arch:
@@ -232,7 +231,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
     Raises:
         UserError: if a key is missing, left over, or has another shape or an impossible dtype.
     """
-    try:
+    with explained(f"{path}: the weights do not fit {name}", FITTING):  # another project's code runs here
         own_state = model.state_dict()
         state = align(state, own_state, path, name)
         for key, own in own_state.items():
@@ -251,10 +250,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
         model.load_state_dict(state, assign=on_meta)
         if on_meta:
             model.to(dtype=dtype, memory_format=torch.contiguous_format)
-    except UserError:
-        raise
-    except Exception as error:  # the code of another project's model runs here
-        raise UserError(f"{path}: the weights do not fit {name} ({one_line(error)}); {FITTING}") from error
     return model
 
 

@@ -21,8 +21,6 @@ for suffix, layers in {"": STANDARD, "lcnn": LCNN, "softplus": SOFTPLUS, "lowbet
         f"vgg11{suffix}": partial(VGG, layers),
     }
 OURS = ", ".join(model_architecture)
-
-
 OUR_NETWORKS = (ResNet, VGG)  # what the table above makes; any other network is its user's own code
 
 
@@ -77,9 +75,7 @@ def add_architecture_flags(group, default: str | None = None, remark: str = "") 
 def check_architecture_flags(flags: argparse.Namespace) -> None:
     """Raise UsageError if --lcnn or --image-size does not go with the architecture."""
     if flags.model_arch in model_architecture and (flags.image_size or 16) % 16:
-        remedy = "or name a network of your own, package.module:callable"
-        raise UsageError(
-            f"--image-size {flags.image_size}: {flags.model_arch} needs a multiple of 16; give one, {remedy}"
-        )
+        problem = f"--image-size {flags.image_size}: {flags.model_arch} needs a multiple of 16"
+        raise UsageError(f"{problem}; give one, or name a network of your own, package.module:callable")
     if flags.lcnn and not is_outside(flags.model_arch):
         raise UsageError("--lcnn is for --model-arch package.module:callable; ours are named, such as resnet18lcnn")

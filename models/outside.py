@@ -24,6 +24,17 @@ OWN_NAMES = ("curvature", "data", "experiments", "models", "training", "utils")
 
 
 @contextmanager
+def explained(problem: str, remedy: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """One line for whatever is raised in the block: the user's code may raise anything, or be a script that exits."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise kind(f"{problem} ({one_line(error)}); {remedy}") from error
+
+
+@contextmanager
 def users_modules() -> Iterator[None]:
     """Imports look into the current directory first, also for packages named as ours, which are put back.
 
@@ -37,8 +48,7 @@ def users_modules() -> Iterator[None]:
     clashing = [] if here == PROJECT else theirs
 
     def take() -> dict[str, ModuleType]:
-        names = [name for name in sys.modules if name.split(".")[0] in clashing]
-        return {name: sys.modules.pop(name) for name in names}
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in clashing}
 
     ours = take()
     if clashing:  # or our package would win over a folder of theirs without __init__.py
@@ -54,15 +64,12 @@ def users_modules() -> Iterator[None]:
 def import_callable(model_arch: str) -> Callable[..., nn.Module]:
     """What "package.module:callable" names; UsageError if that cannot be imported or called."""
     module_name, _, attribute = model_arch.partition(":")
-    try:
+    problem = f"{model_arch}: cannot import {attribute!r} from {module_name!r}"
+    with explained(problem, "give package.module:callable, installed or in the current directory", UsageError):
         builder = attrgetter(attribute)(importlib.import_module(module_name))
-    except (Exception, SystemExit) as error:  # the user's code may raise anything, or be a script that exits
-        what = f"cannot import {attribute!r} from {module_name!r} ({one_line(error)})"
-        remedy = "give package.module:callable, installed or in the current directory"
-        raise UsageError(f"{model_arch}: {what}; {remedy}") from error
     if isinstance(builder, nn.Module) or not callable(builder):  # a module is callable, but on images
-        kind = type(builder).__name__
-        raise UsageError(f"{model_arch}: of type {kind}, not a function; name a function that returns the model")
+        what = f"of type {type(builder).__name__}, not a function"
+        raise UsageError(f"{model_arch}: {what}; name a function that returns the model")
     return builder
 
 
@@ -124,20 +131,14 @@ def build_outside_network(
     """
     with users_modules(), torch_settings_kept():
         builder = import_callable(model_arch)
-        try:
+        with explained(f"{model_arch}: failed to build the model", "mend it"):
             model = call_with_num_classes(builder, num_classes)
-        except (Exception, SystemExit) as error:
-            raise UserError(f"{model_arch}: failed to build the model ({one_line(error)}); mend it") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{model_arch}: returns a {type(model).__name__}, not a torch.nn.Module; return the model")
     if isinstance(model, torch.jit.ScriptModule):
-        raise UsageError(
-            f"{model_arch}: returns TorchScript, which cannot be trained or measured; return the model itself"
-        )
-    try:
+        raise UsageError(f"{model_arch}: returns TorchScript, which cannot be trained or measured; return the model")
+    with explained(f"{model_arch}: has no eval mode", "return the model itself"):  # as an exported program
         model = uncompiled(model).eval()
-    except Exception as error:  # an exported program has no modes
-        raise UserError(f"{model_arch}: has no eval mode ({one_line(error)}); return the model itself") from error
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         raise UserError(f"{model_arch}: has weights on the meta device, without values; build it on the CPU")
     if lcnn or any(map(is_lazy, [*model.parameters(), *model.buffers()])):
@@ -150,11 +151,8 @@ def build_outside_network(
             problem = f"its forward in eval mode does not initialize the lazy {lazy[0]}"
             raise UserError(f"{model_arch}: {problem}; give that layer its sizes, or remove it")
     if lcnn:
-        try:
+        with explained(f"{model_arch}: cannot be made low-curvature", "leave --lcnn out"):
             model, report = low_curvature(model, example)
-        except Exception as error:  # the model's own code runs here
-            message = f"{model_arch}: cannot be made low-curvature ({one_line(error)}); leave --lcnn out"
-            raise UserError(message) from error
         if not quiet:
             print(f"{model_arch}, made low-curvature:\n{report}")
     return model
@@ -204,11 +202,8 @@ def check_training(model: nn.Module, images: Tensor, num_classes: int, name: str
         model.zero_grad()
         for module, key, buffer in unsaved:
             module._buffers[key] = buffer
-        try:
+        with explained(f"{name}: its state cannot be loaded again", "mend its state_dict or load_state_dict"):
             model.eval().load_state_dict(state)  # the statistics as they were
-        except Exception as error:
-            problem = f"its state cannot be loaded again ({one_line(error)})"
-            raise UserError(f"{name}: {problem}; mend its state_dict or load_state_dict") from error
 
 
 def forward(model: nn.Module, images: Tensor, num_classes: int | None, name: str) -> Tensor:
@@ -222,21 +217,16 @@ def forward(model: nn.Module, images: Tensor, num_classes: int | None, name: str
     """
     mode = " in training mode" if model.training else ""
     shape, expected = tuple(images.shape), (len(images), num_classes)
-    try:
+    with explained(f"{name}: fails on images of shape {shape}{mode}", "mend it or give images of its size"):
         logits = model(images.clone())
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        message = f"{name}: fails on images of shape {shape}{mode} ({one_line(error)})"
-        raise UserError(f"{message}; mend it or give images of its size") from error
     if not isinstance(logits, Tensor):
         number = f" of {len(logits)} outputs" if isinstance(logits, (tuple, list, dict)) and model.training else ""
         raise UserError(f"{name}: gives a {type(logits).__name__}{number}{mode}; return the tensor of logits alone")
-    if num_classes is None:
-        return logits
     found = tuple(logits.shape)
+    if num_classes is None or (found == expected and logits.is_floating_point()):
+        return logits
+    what, remedy = f"{logits.dtype} {found} for images of shape {shape}", f"return floating point logits {expected}"
     if found != expected and logits.ndim == 2 and len(logits) == len(images):
-        sizes = f"{found[1]} logits, the data set has {num_classes} classes"
-        raise UserError(f"{name}: gives {sizes}; give the data set it was trained on")
-    if found != expected or not logits.is_floating_point():
-        what = f"{logits.dtype} {found} for images of shape {shape}"
-        raise UserError(f"{name}: gives {what}; return floating point logits {expected}")
-    return logits
+        what = f"{found[1]} logits, the data set has {num_classes} classes"
+        remedy = "give the data set it was trained on"
+    raise UserError(f"{name}: gives {what}; {remedy}")

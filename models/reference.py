@@ -13,7 +13,8 @@ from torch import Tensor
 
 from models.layers import SpectralNormConv2d
 from models.model_selector import model_architecture
-from utils.errors import UserError, one_line
+from models.outside import explained
+from utils.errors import UserError
 
 # the reference's names -> ours: of modules,
 BLOCK = {r"1\.f1": "conv1", r"1\.f2": "shortcut", r"2\.f1": "activation1", r"3\.f1": "conv2", "5": "activation2"}
@@ -88,10 +89,8 @@ def convert_reference_checkpoint(state: dict[str, Tensor], path: str | Path) -> 
     if not arch.endswith("lcnn"):  # the reference's standard networks carry a gamma that nothing uses
         converted = {key: value for key, value in converted.items() if not key.endswith("log_gamma")}
     input_size = 32
-    try:
+    with explained(f"{path}: not a complete state_dict of the reference's {arch}", "use another copy of it"):
         num_classes = len(converted["classifier.bias"])
         if arch.endswith("lcnn"):
             adapt_strided_vectors(converted, arch, num_classes, input_size)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a complete state_dict of the reference's {arch} ({one_line(error)})") from error
     return {"model_arch": arch, "num_classes": num_classes, "image_size": input_size, "model": converted}
