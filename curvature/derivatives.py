@@ -151,17 +151,18 @@ class FoldedHessian(InputHessian):
 
     @torch.no_grad()
     def __init__(self, network: FoldedNetwork, images: Tensor, labels: Tensor):
-        self._chain = network.chain
+        self._network = network
         self._kept: Kept = {}
-        self.logits = self._logits = self._chain.forward(images, self._kept)
+        self.logits = self._logits = network.through("forward", images, self._kept)
         check_labels(labels, self.logits)
         self.loss = cross_entropy(self.logits, labels)
-        self.gradient = self._chain.backward(cross_entropy_gradient(self.logits, labels), self._kept)
+        self.gradient = network.through("backward", cross_entropy_gradient(self.logits, labels), self._kept)
 
     @torch.no_grad()
     def product(self, v):
-        dz = self._chain.tangent(v, self._kept)
-        return self._chain.tangent_backward(cross_entropy_hessian_product(self._logits, dz), self._kept)
+        dz = self._network.through("tangent", v, self._kept)
+        da = cross_entropy_hessian_product(self._logits, dz)
+        return self._network.through("tangent_backward", da, self._kept)
 
     def restrict(self, keep):
         self._logits = self._logits[keep]

@@ -31,8 +31,8 @@ class Layer:
 
     ``forward`` gives the output, then ``backward`` dl/d(input) from a = dl/d(output). After them, any number of times,
     ``tangent`` gives the change of the output along a change dx of the input, then ``tangent_backward`` that of
-    dl/d(input), from the change da of dl/d(output). For an affine layer both ways back are the ``adjoint`` of its
-    ``tangent``; a linear one is its own tangent.
+    dl/d(input), from the change da of dl/d(output). For an affine layer both ways back are the adjoint of its
+    ``tangent``; a linear one is its own tangent. ``through`` calls the method of that name.
 
     An activation may overwrite what it is given: it comes from an affine layer, and nothing else reads that.
     """
@@ -41,11 +41,11 @@ class Layer:
         kept[self] = (x.shape[1:],)
         return self.tangent(x, kept)
 
-    def backward(self, a: Tensor, kept: Kept) -> Tensor:
-        return self.adjoint(a, kept)
-
     def tangent_backward(self, da: Tensor, kept: Kept) -> Tensor:
-        return self.adjoint(da, kept)
+        return self.backward(da, kept)
+
+    def through(self, method: str, x: Tensor, kept: Kept) -> Tensor:
+        return getattr(self, method)(x, kept)
 
 
 class Convolution(Layer):
@@ -61,7 +61,7 @@ class Convolution(Layer):
     def tangent(self, dx, kept):
         return F.conv2d(dx, self.weight, None, self.stride, self.padding)
 
-    def adjoint(self, a, kept):
+    def backward(self, a, kept):
         (input_size,) = kept[self]
         geometry = zip(input_size, self.weight.shape[2:], self.padding, self.stride, strict=True)
         # rows and columns at the far edge that the stride leaves out
@@ -112,7 +112,7 @@ class MaxPool(Layer):
         _, picked = kept[self]
         return dx.flatten(2).gather(2, picked.flatten(2)).view(picked.shape)
 
-    def adjoint(self, a, kept):
+    def backward(self, a, kept):
         size, picked = kept[self]
         flat = a.new_zeros(*a.shape[:2], size.numel()).scatter_(2, picked.flatten(2), a.flatten(2))
         return flat.view(*a.shape[:2], *size)
@@ -124,7 +124,7 @@ class MeanPool(Layer):
     def tangent(self, dx, kept):
         return dx.mean(dim=(2, 3))
 
-    def adjoint(self, a, kept):
+    def backward(self, a, kept):
         ((_, *size),) = kept[self]
         return (a / math.prod(size))[:, :, None, None].expand(-1, -1, *size)
 
@@ -135,7 +135,7 @@ class Flatten(Layer):
     def tangent(self, dx, kept):
         return dx.flatten(1)
 
-    def adjoint(self, a, kept):
+    def backward(self, a, kept):
         (shape,) = kept[self]
         return a.view(-1, *shape)
 
@@ -152,27 +152,11 @@ class Linear(Layer):
     def tangent(self, dx, kept):
         return F.linear(dx, self.weight)
 
-    def adjoint(self, a, kept):
+    def backward(self, a, kept):
         return a @ self.weight
 
 
-class Compound(Layer):
-    """A layer of layers: ``through`` puts x through the method of that name of each."""
-
-    def forward(self, x, kept):
-        return self.through("forward", x, kept)
-
-    def backward(self, a, kept):
-        return self.through("backward", a, kept)
-
-    def tangent(self, dx, kept):
-        return self.through("tangent", dx, kept)
-
-    def tangent_backward(self, da, kept):
-        return self.through("tangent_backward", da, kept)
-
-
-class Chain(Compound):
+class Chain(Layer):
     """One layer after the other."""
 
     def __init__(self, *layers: Layer):
@@ -180,20 +164,20 @@ class Chain(Compound):
 
     def through(self, method: str, x: Tensor, kept: Kept) -> Tensor:
         for layer in reversed(self.layers) if method.endswith("backward") else self.layers:
-            x = getattr(layer, method)(x, kept)
+            x = layer.through(method, x, kept)
         return x
 
 
-class Residual(Compound):
+class Residual(Layer):
     """branch(x) + shortcut(x), the shortcut a layer or a factor."""
 
     def __init__(self, branch: Layer, shortcut: Layer | float):
         self.branch, self.shortcut = branch, shortcut
 
     def through(self, method: str, x: Tensor, kept: Kept) -> Tensor:
-        y = getattr(self.branch, method)(x, kept)
+        y = self.branch.through(method, x, kept)
         if isinstance(self.shortcut, Layer):
-            return y.add_(getattr(self.shortcut, method)(x, kept))
+            return y.add_(self.shortcut.through(method, x, kept))
         return y.add_(x, alpha=self.shortcut)
 
 
@@ -207,31 +191,28 @@ def require(known: bool) -> None:
 
 
 class FoldedLogits(torch.autograd.Function):
-    """A chain's logits as a function of the images that autograd can differentiate, once."""
+    """A network's logits as a function of the images that autograd can differentiate, once."""
 
     @staticmethod
-    def forward(ctx, images, chain):
-        ctx.chain, ctx.kept = chain, {}
-        return chain.forward(images, ctx.kept)
+    def forward(ctx, images, network):
+        ctx.network, ctx.kept = network, {}
+        return network.through("forward", images, ctx.kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, a):
-        return ctx.chain.backward(a, dict(ctx.kept)), None  # a copy, for more gradients of it
+        return ctx.network.through("backward", a, dict(ctx.kept)), None  # a copy, for more gradients of it
 
 
-class FoldedNetwork:
+class FoldedNetwork(Chain):
     """What ``fold`` makes of a network: the same map from images (N, 3, H, H) to logits (N, classes).
 
-    Autograd differentiates the logits once; second derivatives go through ``chain``. It holds copies: fold again when
-    the network's weights have changed.
+    Autograd differentiates the logits once; second derivatives go ``through`` it. It holds copies: fold again when the
+    network's weights have changed.
     """
 
-    def __init__(self, chain: Chain):
-        self.chain = chain
-
     def __call__(self, images: Tensor) -> Tensor:
-        return FoldedLogits.apply(images, self.chain)
+        return FoldedLogits.apply(images, self)
 
 
 def fold_conv_norm(pair: nn.Sequential, before: float = 1.0, after: float = 1.0) -> Convolution:
@@ -269,7 +250,7 @@ def fold_linear(linear: nn.Linear) -> Linear:
     return Linear(linear.weight.detach().clone(), linear.bias.detach().clone())
 
 
-def fold_resnet(model: ResNet) -> Chain:
+def fold_resnet(model: ResNet) -> FoldedNetwork:
     root_half = math.sqrt(0.5)
     layers: list[Layer] = [fold_conv_norm(model.stem), fold_activation(model.activation)]
     for block in (block for stage in model.stages for block in stage):
@@ -282,10 +263,10 @@ def fold_resnet(model: ResNet) -> Chain:
         else:
             shortcut = fold_conv_norm(block.shortcut, before=root_half, after=0.5)
         layers += [Residual(branch, shortcut), fold_activation(block.activation2)]
-    return Chain(*layers, MeanPool(), fold_linear(model.classifier))
+    return FoldedNetwork(*layers, MeanPool(), fold_linear(model.classifier))
 
 
-def fold_vgg(model: VGG) -> Chain:
+def fold_vgg(model: VGG) -> FoldedNetwork:
     layers: list[Layer] = []
     for module in model.features:
         if type(module) is nn.MaxPool2d:
@@ -295,7 +276,7 @@ def fold_vgg(model: VGG) -> Chain:
             layers.append(fold_conv_norm(module))
         else:
             layers.append(fold_activation(module))
-    return Chain(*layers, Flatten(), fold_linear(model.classifier))
+    return FoldedNetwork(*layers, Flatten(), fold_linear(model.classifier))
 
 
 @torch.no_grad()
@@ -310,6 +291,6 @@ def fold(model: nn.Module) -> FoldedNetwork | None:
         for module in model.modules():
             require(not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks))
             require("forward" not in vars(module))
-        return FoldedNetwork(folders[type(model)](model))
+        return folders[type(model)](model)
     except NotFoldable:
         return None
