@@ -109,26 +109,25 @@ class DoubleBackwardHessian(InputHessian):
     """For any model: the graph of the input gradient is kept, and differentiated once per product."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
-        self.model, self.images, self.labels = model, images, labels
-        self._build_graph()
-        self.logits, self.gradient = self._logits.detach(), self._gradient.detach()
+        self._model = model
+        self.logits = self._build_graph(images, labels)
+        self.gradient = self._gradient.detach()
         self.loss = cross_entropy(self.logits, labels)
 
-    def _build_graph(self) -> None:
-        self._at = self.images.detach().clone().requires_grad_()
+    @torch.enable_grad()
+    def _build_graph(self, images: Tensor, labels: Tensor) -> Tensor:
+        self._at = images.detach().clone().requires_grad_()
         # fused attention has no second derivative; clone and dtype as above
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            with LowestPrecision() as precision:
-                self._logits = self.model(self._at.clone()).to(self._at.dtype)
-            self.eps = precision.eps
-            check_labels(self.labels, self._logits)
-            if not self._logits.requires_grad:
-                raise ValueError("the logits carry no gradient; remove any no_grad or detach from the model's forward")
-            residual = CrossEntropyGradient.apply(self._logits, self.labels)
-            (self._gradient,) = torch.autograd.grad(
-                self._logits, self._at, residual, create_graph=True, materialize_grads=True
-            )
-        self._rows = torch.arange(len(self.images), device=self.images.device)
+        with sdpa_kernel(SDPBackend.MATH), LowestPrecision() as precision:
+            logits = self._model(self._at.clone()).to(self._at.dtype)
+        self.eps, self._labels = precision.eps, labels
+        check_labels(labels, logits)
+        if not logits.requires_grad:
+            raise ValueError("the logits carry no gradient; remove any no_grad or detach from the model's forward")
+        residual = CrossEntropyGradient.apply(logits, labels)
+        (self._gradient,) = torch.autograd.grad(logits, self._at, residual, create_graph=True, materialize_grads=True)
+        self._rows = torch.arange(len(images), device=images.device)
+        return logits.detach()
 
     def product(self, v):
         if not self._gradient.requires_grad:  # logits that do not depend on the pixels
@@ -139,11 +138,11 @@ class DoubleBackwardHessian(InputHessian):
         return product[self._rows]
 
     def restrict(self, keep):
-        self.images, self.labels, self._rows = self.images[keep], self.labels[keep], self._rows[keep]
+        self._rows = self._rows[keep]
         # a new graph costs about a product: worth it once a quarter of the old one is idle
         if 0 < len(self._rows) <= 0.75 * len(self._at):
-            self._logits = self._gradient = None  # the old graph goes before the new one comes
-            self._build_graph()
+            self._gradient = None  # the old graph goes before the new one comes
+            self._build_graph(self._at[self._rows], self._labels[self._rows])
 
 
 class FoldedHessian(InputHessian):
