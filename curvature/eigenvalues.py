@@ -26,25 +26,19 @@ class Eigenvalues:
     residuals: Tensor  # (N, k) ||H u - lambda u|| / |lambda|, u the eigenvector found for lambda; 0 where H = 0
     products: Tensor  # (N,) products H v spent
 
+    @classmethod
+    def none_yet(cls, num_examples: int, k: int) -> "Eigenvalues":
+        values = torch.full((num_examples, k), torch.nan, dtype=torch.float64)
+        return cls(values, values.clone(), torch.zeros(num_examples, dtype=torch.int64))
 
-class Record:
-    """The eigenvalues of a batch while they are found, and which examples (rows) are still at work."""
+    def update(self, rows: Tensor, values: Tensor, residuals: Tensor, tol: float) -> Tensor:
+        """Note the (n, k) results of the rows still at work after one more product; which have not converged."""
+        self.values[rows], self.residuals[rows] = values, residuals
+        self.products[rows] += 1
+        return (residuals > tol).any(dim=1)  # False for NaN: more products will not mend it
 
-    def __init__(self, num_examples: int, k: int, tol: float, like: Tensor):
-        self.tol, self.like = tol, like
-        self.values = torch.full((num_examples, k), torch.nan, dtype=torch.float64)
-        self.residuals = self.values.clone()
-        self.products = torch.zeros(num_examples, dtype=torch.int64)
-        self.rows = torch.arange(num_examples)
-
-    def update(self, values: Tensor, residuals: Tensor) -> Tensor:
-        """Note the (n, k) results after one more product for the rows at work; returns which have not converged."""
-        self.values[self.rows], self.residuals[self.rows] = values, residuals
-        self.products[self.rows] += 1
-        return (residuals > self.tol).any(dim=1)  # False for NaN: more products will not mend it
-
-    def eigenvalues(self) -> Eigenvalues:
-        return Eigenvalues(self.values.to(self.like), self.residuals.to(self.like), self.products.to(self.like.device))
+    def to(self, like: Tensor) -> "Eigenvalues":
+        return Eigenvalues(self.values.to(like), self.residuals.to(like), self.products.to(like.device))
 
 
 def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol: float, k: int = 1) -> Eigenvalues:
@@ -61,22 +55,22 @@ def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol:
     """
     if k != 1:
         raise ValueError("the power method finds one eigenvalue; use method lanczos for more")
-    record = Record(len(start), 1, tol, start)
+    found, rows = Eigenvalues.none_yet(len(start), 1), torch.arange(len(start))
     u = normalize(start.flatten(1))
     for m in range(num_iterations):
         product = hessian.product(u.view(-1, *start.shape[1:])).flatten(1)
         norm = norms(product)
         value = torch.where((u * product).sum(dim=1) < 0, -norm, norm)
         residual = norms(product - value[:, None] * u) / torch.where(norm > 0, norm, 1)
-        go_on = record.update(*(x.cpu().double()[:, None] for x in (value, residual)))
+        go_on = found.update(rows, *(x.cpu().double()[:, None] for x in (value, residual)), tol)
         if m + 1 == num_iterations or not go_on.any():
             break
         u = normalize(product)
         if not go_on.all():
-            u = u[go_on.to(u.device)]
-            record.rows = record.rows[go_on]
-            hessian.restrict(go_on.to(u.device))
-    return record.eigenvalues()
+            on_device = go_on.to(u.device)
+            hessian.restrict(on_device)
+            u, rows = u[on_device], rows[go_on]
+    return found.to(start)
 
 
 def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: float, k: int = 1) -> Eigenvalues:
@@ -102,7 +96,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         raise ValueError(f"asked for {k} eigenvalues of a Hessian that has {dimension}")
     steps = min(num_iterations, dimension)
     eps = max(torch.finfo(start.dtype).eps, getattr(hessian, "eps", 0.0))
-    record = Record(len(start), k, tol, start)
+    found, rows = Eigenvalues.none_yet(len(start), k), torch.arange(len(start))
     basis = start.new_empty(len(start), min(steps, 16), dimension)  # row m is q_(m+1); grows when it is full
     tridiagonal = torch.zeros(len(start), 0, 0, dtype=torch.float64)
     scale = start.new_zeros(len(start))  # the largest ||H q|| so far
@@ -126,7 +120,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         if m > 0:
             tridiagonal[:, m, m - 1] = tridiagonal[:, m - 1, m] = last_beta
         last_beta = beta.cpu().double()
-        is_small = ~record.update(*ritz_values(tridiagonal, last_beta, k, 10 * eps))
+        is_small = ~found.update(rows, *ritz_values(tridiagonal, last_beta, k, 10 * eps), tol)
         # One small residual may be that of a lesser eigenvector which the start leans to, seen before the top one has
         # grown out of the rounding; it does not last. An exhausted space has no more to show, except that of several
         # eigenvalues one may be there once more in another space.
@@ -145,12 +139,10 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
         if not go_on.all():
             on_device = go_on.to(q.device)
             hessian.restrict(on_device)
-            q, scale = q[on_device], scale[on_device]
-            basis = basis[:, : m + 1][on_device]
-            tridiagonal, last_beta = tridiagonal[go_on], last_beta[go_on]
+            q, scale, basis = q[on_device], scale[on_device], basis[:, : m + 1][on_device]
+            rows, tridiagonal, last_beta = rows[go_on], tridiagonal[go_on], last_beta[go_on]
             was_small, restarted = was_small[go_on], restarted[go_on]
-            record.rows = record.rows[go_on]
-    return record.eigenvalues()
+    return found.to(start)
 
 
 def orthogonalize(x: Tensor, basis: Tensor) -> Tensor:
