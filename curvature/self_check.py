@@ -5,6 +5,7 @@ one row per image, the same row each time and whatever else is in the batch, and
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -34,12 +35,27 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -
         UserError: naming the model, what is wrong and the remedy.
     """
     check_images(images, name)
+    logits_of = partial(forward, model, num_classes=num_classes, name=name)
     with frozen_in_eval(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # as it will be measured
-        logits = forward(model, images, num_classes, name)
+        logits = logits_of(images)
         check_values(logits, name)
-        check_repeatable(model, images, logits, name)
-        check_independent(model, images, logits, name)
-        check_differentiable(model, images, num_classes, name)
+        # if random, it would be differentiated as another function each time
+        if not same(logits, logits_of(images), RTOL):
+            layer = first_difference(model, images[:2], images[:2], RTOL)
+            raise UserError(
+                f"{name}: random in eval: {layer} gives two answers to the same input; make it deterministic in eval"
+            )
+        # if it mixes examples, the Hessian of one's loss depends on the others; but another batch size may mean
+        # another algorithm, which in low precision rounds differently from RTOL on
+        tf32 = images.is_cuda and images.dtype == torch.float32  # convolutions on a GPU, unless the user forbade it
+        rtol = max(RTOL, 16 * (TF32_EPS if tf32 else torch.finfo(logits.dtype).eps))
+        if not same(logits, torch.cat([logits_of(image) for image in images.split(1)]), rtol):
+            layer = first_difference(model, images[:2], images[:1], rtol)
+            raise UserError(
+                f"{name}: mixes examples: {layer} gives an image alone another answer than in a batch; "
+                "treat each image by itself in eval (a BatchNorm needs its running statistics)"
+            )
+        check_differentiable(logits_of, images, name)
 
 
 def check_images(images: Tensor, name: str) -> None:
@@ -61,38 +77,15 @@ def check_values(logits: Tensor, name: str) -> None:
         raise UserError(f"{name}: gives probabilities, not logits; leave its softmax out")
 
 
-def check_repeatable(model: nn.Module, images: Tensor, logits: Tensor, name: str) -> None:
-    """Refuse a model that is random in eval: its derivatives would be those of another function each time."""
-    if not same(logits, forward(model, images, logits.shape[1], name), RTOL):
-        layer = first_difference(record_calls(model, images[:2]), record_calls(model, images[:2]), RTOL)
-        raise UserError(
-            f"{name}: random in eval: {layer} gives two answers to the same input; make it deterministic in eval"
-        )
-
-
-def check_independent(model: nn.Module, images: Tensor, logits: Tensor, name: str) -> None:
-    """Refuse a model that mixes examples: the Hessian of one's loss would depend on the others."""
-    alone = [forward(model, image, logits.shape[1], name) for image in images.split(1)]
-    # another batch size may mean another algorithm, which in low precision rounds differently from RTOL on
-    tf32 = images.is_cuda and images.dtype == torch.float32  # convolutions on a GPU, unless the user has forbidden it
-    rtol = max(RTOL, 16 * (TF32_EPS if tf32 else torch.finfo(logits.dtype).eps))
-    if not same(logits, torch.cat(alone), rtol):
-        layer = first_difference(record_calls(model, images[:2]), record_calls(model, images[:1]), rtol)
-        raise UserError(
-            f"{name}: mixes examples: {layer} gives an image alone another answer than in a batch; "
-            "treat each image by itself in eval (a BatchNorm needs its running statistics)"
-        )
-
-
-def check_differentiable(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
+def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, name: str) -> None:
     """Refuse a model whose logits have no gradient with respect to the pixels, or cannot be differentiated twice."""
     pixels = images.detach().clone().requires_grad_()
-    weights = torch.linspace(1, 2, num_classes, dtype=images.dtype, device=images.device)
     with torch.enable_grad():
-        logits = forward(model, pixels, num_classes, name)
+        logits = logits_of(pixels).to(images.dtype)
+        weights = torch.linspace(1, 2, logits.shape[1], dtype=images.dtype, device=images.device)
         # a function of the logits that, unlike the cross-entropy, is never flat where the model is sure of its answer;
         # weighted, as models may well fix the sum of their logits; squared, so that autograd needs all it needs later
-        objective = (logits.to(images.dtype) @ weights).square()
+        objective = (logits @ weights).square()
         gradient = None
         try:
             if objective.requires_grad:
@@ -137,11 +130,12 @@ def record_calls(model: nn.Module, images: Tensor) -> Calls:
     return calls
 
 
-def first_difference(one: Calls, other: Calls, rtol: float) -> str:
+def first_difference(model: nn.Module, images: Tensor, first: Tensor, rtol: float) -> str:
     """The first layer to complete a call with equal inputs and different outputs: the innermost that is to blame.
 
-    Of a larger batch in ``one``, the leading part of each tensor is compared with its counterpart in ``other``.
+    Of the batch of images, the leading part of each tensor is compared with its counterpart of the ``first`` of them.
     """
+    one, other = record_calls(model, images), record_calls(model, first)
 
     def agree(many: list[Tensor], few: list[Tensor]) -> bool:
         return len(many) == len(few) and all(
