@@ -78,29 +78,25 @@ def format_summary(results: pd.DataFrame) -> str:
     summary = summarize(results)
     count, kept, converged = summary["examples"], summary["averaged"], summary["converged"]
     lines = [f"  {results['split'].iloc[0]}, {count} examples, accuracy {summary['accuracy']:.2f} %"]
-    lines += [f"    {AT_CHANCE}"] if summary["at_chance"] else []
-    lines.append(f"    {'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %")
+    lines += [AT_CHANCE] if summary["at_chance"] else []
+    lines.append(f"{'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %")
     titles = QUANTITIES | {f"{name}_error": "  its standard error" for name in PROBED}
     for name, d in summary.items():
         if isinstance(d, dict) and "mean" in d:
             title, spread = titles.get(name, name.replace("_", " ")), f"{d['mean']:.5g} +/- {d['sd']:.3g}"
-            lines.append(f"    {title:<26} {spread:<26} {d['median']:<13.5g}{d['q05']:<11.4g} {d['q95']:.4g}")
-    lines.append(
-        f"    {converged} of {kept} converged; worst relative residual {summary['worst_residual']:.2g}; "
-        f"{summary['products']} Hessian-vector products, {summary['products'] / count:.3g} an example"
-    )
+            lines.append(f"{title:<26} {spread:<26} {d['median']:<13.5g}{d['q05']:<11.4g} {d['q95']:.4g}")
+    cost = f"{summary['products']} Hessian-vector products, {summary['products'] / count:.3g} an example"
+    lines.append(f"{converged} of {kept} converged; worst relative residual {summary['worst_residual']:.2g}; {cost}")
     if not kept:
-        lines.append(
-            "    nothing is left to average; where a loss has underflowed, weights saved in float64 can tell more"
-        )
+        lines.append("nothing is left to average; where a loss has underflowed, weights saved in float64 can tell more")
     if converged < kept:
-        lines.append("    the others' Hessian norms are lower bounds; a larger --num-power-iter brings them closer")
+        lines.append("the others' Hessian norms are lower bounds; a larger --num-power-iter brings them closer")
     for reason, number in summary["left_out"].items():
         if number:
             indices = results["index"][left_out(results) == reason]
             where = ", ".join(map(str, indices[:INDICES_SHOWN])) + (", ..." if number > INDICES_SHOWN else "")
-            lines.append(f"    left out of these figures: {number} with {reason} (index {where})")
-    return "\n".join(lines)
+            lines.append(f"left out of these figures: {number} with {reason} (index {where})")
+    return "\n    ".join(lines)
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
@@ -128,24 +124,20 @@ def named(results: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def comparison_table(results: pd.DataFrame) -> str:
     """All models and splits side by side, a row for each: accuracy, means, and the median curvature."""
-    groups = named(results)
-    width = max(len("model"), *(len(name) for name, _ in groups))
+    groups = [(name, rows, summarize(rows)) for name, rows in named(results)]
+    width = max(len("model"), *(len(name) for name, *_ in groups))
     heads = ("accuracy", "||grad l||", "||hess l||", "C", "median C", "converged")
     lines = [f"{'model':<{width}}  split  examples" + "".join(f"{head:>12}" for head in heads)]
-    any_at_chance = False
-    for name, rows in groups:
-        summary = summarize(rows)
-        any_at_chance |= summary["at_chance"]
+    for name, rows, summary in groups:
         numbers = [summary[quantity]["mean"] for quantity in QUANTITIES] + [summary["curvature"]["median"]]
         mark = "*" if summary["at_chance"] else " "
         cells = [f"{summary['accuracy']:.2f} %{mark}", *(f"{number:.4g}" for number in numbers)]
         cells.append(f"{summary['converged'] / max(1, summary['averaged']):.0%}")
         row = "".join(f"{cell:>12}" for cell in cells)
         lines.append(f"{name:<{width}}  {rows['split'].iloc[0]:<5}  {len(rows):>8}{row}")
-    if any_at_chance:
-        lines.append(f"* {AT_CHANCE}")
+    lines += [f"* {AT_CHANCE}"] if any(summary["at_chance"] for *_, summary in groups) else []
     for split in sorted(set(results["split"])):
-        if len({tuple(rows["index"]) for _, rows in groups if rows["split"].iloc[0] == split}) > 1:
+        if len({tuple(rows["index"]) for _, rows, _ in groups if rows["split"].iloc[0] == split}) > 1:
             lines.append(f"not all rows of the {split} split are of the same examples")
     return "\n".join(lines)
 
