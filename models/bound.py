@@ -104,19 +104,17 @@ def layer_table(model: ResNet | VGG) -> LayerTable:
     # a copy: in training mode, reading the classifier's weight would change it
     network = copy.deepcopy(model).cpu().double().eval()
     rows = []
-    for name, layer, activation, log_lipschitz in walk(network, log_constant):
+    *layers, (*_, to_classifier) = walk(network, log_constant)
+    for name, layer, activation, log_lipschitz in layers:
         lipschitz = log_lipschitz.exp().item()
-        if layer is None:
-            break
         n = layer.conv.u.numel()  # u has the shape of the convolution's output
         sigma, clip = layer.conv.spectral_norm().item(), layer.norm.clip().item()
         gamma, norm_lipschitz = layer.norm.log_gamma.exp().item(), log_constant(layer).exp().item()
         beta = None if activation is None else activation.beta.item()
         term = None if activation is None else n * (beta + activation.BETA_OFFSET) * lipschitz
         rows.append(LayerRow(name, lipschitz, gamma, sigma, clip, norm_lipschitz, beta, n, term))
-    classifier = network.classifier
-    lipschitz *= torch.linalg.matrix_norm(classifier.weight, ord=2).item()
-    rows.append(LayerRow("classifier", lipschitz, n=classifier.out_features))
+    lipschitz = to_classifier.exp().item() * torch.linalg.matrix_norm(network.classifier.weight, ord=2).item()
+    rows.append(LayerRow("classifier", lipschitz, n=network.classifier.out_features))
     lipschitz *= CROSS_ENTROPY_LIPSCHITZ
     rows.append(LayerRow("cross-entropy", lipschitz, n=1, term=CROSS_ENTROPY_CURVATURE * lipschitz))
     return LayerTable(tuple(rows))
