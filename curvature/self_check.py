@@ -4,10 +4,11 @@ The curvature of an example is that of its own cross-entropy: the model must map
 one row per image, the same row each time and whatever else is in the batch, and differentiably so.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,12 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -
     Raises:
         UserError: naming the model, what is wrong and the remedy.
     """
-    check_images(images, name)
+    low, high = float(images.min()), float(images.max())
+    if not (images.is_floating_point() and low >= 0 and high <= 1):  # normalized, 8 bit, or not finite
+        raise UserError(
+            f"{name}: the images are {images.dtype} from {low:.3g} to {high:.3g}; give floating point pixels in [0, 1] "
+            "and put any normalization inside the model"
+        )
     logits_of = partial(forward, model, num_classes=num_classes, name=name)
     with frozen_in_eval(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # as it will be measured
         logits = logits_of(images)
@@ -56,16 +62,6 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -
                 "treat each image by itself in eval (a BatchNorm needs its running statistics)"
             )
         check_differentiable(logits_of, images, name)
-
-
-def check_images(images: Tensor, name: str) -> None:
-    """Refuse pixels that are already normalized, 8 bit, or not finite."""
-    low, high = float(images.min()), float(images.max())
-    if not (images.is_floating_point() and low >= 0 and high <= 1):  # a NaN among them is refused, too
-        raise UserError(
-            f"{name}: the images are {images.dtype} from {low:.3g} to {high:.3g}; give floating point pixels in [0, 1] "
-            "and put any normalization inside the model"
-        )
 
 
 def check_values(logits: Tensor, name: str) -> None:
@@ -109,15 +105,14 @@ def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, 
 def record_calls(model: nn.Module, images: Tensor) -> Calls:
     """Run the model, and note every layer's inputs and outputs, call by call, in order of completion."""
     calls: Calls = {}
-    counts = Counter()
+    counts = defaultdict(count)
     entered = []  # the inputs of the calls under way: the innermost is the last
 
     def enter(module, args, kwargs):
         entered.append(list(tensors((args, kwargs))))
 
     def leave(layer, module, args, kwargs, output):
-        calls[layer, counts[layer]] = entered.pop(), list(tensors(output))
-        counts[layer] += 1
+        calls[layer, next(counts[layer])] = entered.pop(), list(tensors(output))
 
     with ExitStack() as hooks:
         for path, module in model.named_modules():
