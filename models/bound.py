@@ -71,9 +71,8 @@ def walk(model: ResNet | VGG, log_constant: Callable[[nn.Sequential], Tensor]) -
     else:
         total = total + log_constant(model.stem)
         yield "activation", model.stem, model.activation, total
-        for name, block in model.named_modules():
-            if not isinstance(block, ResidualBlock):
-                continue
+        blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, ResidualBlock)]
+        for name, block in blocks:
             total = total - math.log(2) / 2  # the block divides its input by sqrt 2
             first, shortcut = log_constant(block.conv1), torch.zeros_like(total)
             yield f"{name}.activation1", block.conv1, block.activation1, total + first
@@ -82,7 +81,7 @@ def walk(model: ResNet | VGG, log_constant: Callable[[nn.Sequential], Tensor]) -
                 yield f"{name}.shortcut", block.shortcut, None, total + shortcut
             total = total + torch.maximum(first + log_constant(block.conv2), shortcut)
             yield f"{name}.activation2", block.conv2, block.activation2, total
-            pixels = block.conv2.conv.u[0, 0].numel()
+        pixels = block.conv2.conv.u[0, 0].numel()
         total = total - math.log(pixels) / 2  # the mean over the pixels of each channel
     yield "classifier", None, None, total
 
