@@ -258,10 +258,8 @@ def fold_resnet(model: ResNet) -> FoldedNetwork:
         # out = act((conv2(act(conv1(x / sqrt 2))) + shortcut(x / sqrt 2)) / 2)
         conv1 = fold_conv_norm(block.conv1, before=root_half)
         branch = Chain(conv1, fold_activation(block.activation1), fold_conv_norm(block.conv2, after=0.5))
-        if type(block.shortcut) is nn.Identity:
-            shortcut: Layer | float = root_half * 0.5
-        else:
-            shortcut = fold_conv_norm(block.shortcut, before=root_half, after=0.5)
+        plain = type(block.shortcut) is nn.Identity
+        shortcut = root_half * 0.5 if plain else fold_conv_norm(block.shortcut, before=root_half, after=0.5)
         layers += [Residual(branch, shortcut), fold_activation(block.activation2)]
     return FoldedNetwork(*layers, MeanPool(), fold_linear(model.classifier))
 
