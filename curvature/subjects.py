@@ -146,9 +146,8 @@ def for_examples(
     Yields:
         For each split, on every process, a row an example: model, split, index, label and the columns, in float64.
     """
-    for name, split in {"train": subject.data.train, "test": subject.data.test}.items():
-        if flags.split not in (name, "both"):
-            continue
+    for name in ("train", "test") if flags.split == "both" else (flags.split,):
+        split = getattr(subject.data, name)
         count = flags.num_samples or max(1, round(flags.data_fraction * len(split)))
         parts = own_share(list(choose_examples(len(split), count, flags.prng_seed).split(flags.batch_size)))
         tables = []
