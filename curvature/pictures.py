@@ -25,7 +25,7 @@ def plot_results(path: Path, results: Sequence[tuple[str, pd.DataFrame]]) -> Non
         name.replace("/", "/\n") + f"\n{rows['split'].iloc[0]}, {averaged(rows).sum()} examples"
         for name, rows in results
     ]
-    drawn = np.array([i for i, rows in enumerate(kept) if len(rows)])
+    drawn = np.flatnonzero([len(rows) for rows in kept])
     for axis, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
         if len(drawn):
             axis.violinplot([np.log10(kept[i][quantity]) for i in drawn], positions=drawn, widths=0.8)
@@ -46,7 +46,7 @@ def plot_layers(path: Path, tables: list[tuple[str, LayerTable]]) -> None:
     figure, axes = new_figure(2, rows=len(tables))
     for (label, table), panels in zip(tables, axes.reshape(-1, 2), strict=True):
         for axis, quantity in zip(panels, ("beta", "gamma"), strict=True):
-            values = {row.name: getattr(row, quantity) for row in table.rows}
-            values = {name: value for name, value in values.items() if value is not None}
-            draw_bars(axis, f"{label}\n{quantity} by layer", list(values.values()), list(values))
+            rows = [row for row in table.rows if getattr(row, quantity) is not None]
+            values, names = [getattr(row, quantity) for row in rows], [row.name for row in rows]
+            draw_bars(axis, f"{label}\n{quantity} by layer", values, names)
     save_figure(figure, path)
