@@ -5,7 +5,7 @@ Here the parts come together: derivatives.py has the products, eigenvalues.py wh
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,11 @@ class CurvatureEstimate:
     def columns(self) -> dict[str, Tensor]:
         """The (N,) columns of a table of results; of eigenvalues all but the first, as eigenvalue_2, ..."""
         columns = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "eigenvalues":
+        for name, value in vars(self).items():
+            if name == "eigenvalues":
                 columns |= {f"eigenvalue_{k + 1}": value[:, k] for k in range(1, value.shape[1])}
             elif value is not None:
-                columns[field.name] = value
+                columns[name] = value
         return columns
 
 
