@@ -32,7 +32,8 @@ class Layer:
     ``forward`` gives the output, then ``backward`` dl/d(input) from a = dl/d(output). After them, any number of times,
     ``tangent`` gives the change of the output along a change dx of the input, then ``tangent_backward`` that of
     dl/d(input), from the change da of dl/d(output). For an affine layer both ways back are the adjoint of its
-    ``tangent``; a linear one is its own tangent. ``through`` calls the method of that name.
+    ``tangent``; a linear one is its own tangent. ``through`` calls one of the four by its name: layers of layers have
+    it alone.
 
     An activation may overwrite what it is given: it comes from an affine layer, and nothing else reads that.
     """
