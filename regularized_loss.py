@@ -108,8 +108,8 @@ class CELoss(nn.Module):
         super().__init__()
         self.model = model
         self.terms: dict[str, Tensor] = {}
-        self.epoch, self.num_epochs = 1, 1  # the trainer sets both before each epoch
-        self.warmup_epochs = 0.0  # and this once, from --reg-warmup
+        # the trainer sets all three before each epoch, the last from --reg-warmup
+        self.epoch, self.num_epochs, self.warmup_epochs = 1, 1, 0.0
 
     @property
     def metadata(self) -> Mapping[str, float]:

@@ -23,7 +23,7 @@ from curvature.self_check import check_model
 from curvature.subjects import EXAMPLES_TO_CHECK
 from data.batches import epoch_seed, to_pixels, training_batches
 from data.datasets import ImageData, datasets, load_dataset
-from models.checkpoint import build_model, fill_buffers, load_weights
+from models.checkpoint import build_model
 from models.layers import CenteredSoftplus
 from models.model_selector import OUR_NETWORKS, add_architecture_flags, build_network, check_architecture_flags
 from models.outside import check_training, try_forward
@@ -36,15 +36,14 @@ from training.epoch import (
     evaluate,
     failures_in_one_line,
     learning_rate,
-    load_optimizer_state,
     set_batchnorm_momentum,
     train_epoch,
     unregistered,
 )
-from training.report import count_parameters, format_metrics, mean_curvature, plot_training, remark_on_chance
-from training.run_files import Run, check_same_data, open_run
+from training.report import describe, format_metrics, mean_curvature, plot_training, remark_on_chance
+from training.run_files import Run, open_run, restore
 from utils import cli, distributed
-from utils.errors import UsageError, UserError, one_line
+from utils.errors import UsageError, UserError
 from utils.numerics import seed_everything
 from utils.precision import PRECISIONS, autocast_to_bfloat16, check_precision, training_settings
 from utils.progress import progress
@@ -54,94 +53,60 @@ CALIBRATION_IMAGES = 512
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="train_models.py", description=__doc__.splitlines()[0])
+    on_off = argparse.BooleanOptionalAction
 
-    what = parser.add_argument_group("what to train")
-    add_architecture_flags(what, default="resnet18")
-    what.add_argument("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
-    what.add_argument("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
-    what.add_argument(
-        "--image-size",
-        type=cli.positive_int,
-        help="resize to this, for ours a multiple of 16 (default: 32; digits 16)",
-    )
+    group = parser.add_argument_group("what to train")
+    add_architecture_flags(group, default="resnet18")
+    flag = group.add_argument
+    flag("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
+    flag("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
+    size = "resize to this, for ours a multiple of 16 (default: 32; digits 16)"
+    flag("--image-size", type=cli.positive_int, help=size)
 
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
-    recipe.add_argument("--batch-size", type=cli.positive_int, default=128, help="examples per step")
-    recipe.add_argument(
-        "--lr", type=cli.positive_float, default=0.1, help="initial learning rate; x 0.1 after 75%% and 87.5%%"
-    )
-    recipe.add_argument("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma")
-    recipe.add_argument("--momentum", type=cli.number(float, 0, 1), default=0.9, help="of SGD")
+    flag = parser.add_argument_group("recipe").add_argument
+    flag("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
+    flag("--batch-size", type=cli.positive_int, default=128, help="examples per step")
+    flag("--lr", type=cli.positive_float, default=0.1, help="initial learning rate; x 0.1 after 75%% and 87.5%%")
+    flag("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma")
+    flag("--momentum", type=cli.number(float, 0, 1), default=0.9, help="of SGD")
     for name, (default, explanation) in WEIGHTS.items():
-        recipe.add_argument(
-            f"--{name.replace('_', '-')}", type=cli.nonnegative_float, default=default, help=explanation
-        )
-    recipe.add_argument(
-        "--reg-warmup",
-        type=cli.nonnegative_float,
-        default=0.0,
-        metavar="EPOCHS",
-        help="the penalties' weights grow from 0 in the first epoch to their full size after so many (default: 0)",
-    )
-    recipe.add_argument(
-        "--beta-weight-decay",
-        type=cli.nonnegative_float,
-        default=0.0,
-        help="weight decay on beta, for the minimal recipe with gnorm and a ...softplus network",
-    )
-    recipe.add_argument(
-        "--augment", action=argparse.BooleanOptionalAction, default=True, help="random crops and flips (default: on)"
-    )
-    recipe.add_argument(
-        "--bn-momentum",
-        type=cli.number(float, 0, 1, exclusive=True),
-        help="of BatchNorm's statistics (default: the network's own; ours have 0.1)",
-    )
-    recipe.add_argument(
-        "--calibrate-batchnorm",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)",
-    )
+        flag(f"--{name.replace('_', '-')}", type=cli.nonnegative_float, default=default, help=explanation)
+    growing = "the penalties' weights grow from 0 in the first epoch to their full size after so many"
+    flag("--reg-warmup", type=cli.nonnegative_float, default=0.0, metavar="EPOCHS", help=growing)
+    minimal = "weight decay on beta, for the minimal recipe with gnorm and a ...softplus network"
+    flag("--beta-weight-decay", type=cli.nonnegative_float, default=0.0, help=minimal)
+    flag("--augment", action=on_off, default=True, help="random crops and flips (default: on)")
+    statistics = "of BatchNorm's statistics (default: the network's own; ours have 0.1)"
+    flag("--bn-momentum", type=cli.fraction, help=statistics)
+    first = "set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)"
+    flag("--calibrate-batchnorm", action=on_off, default=False, help=first)
 
-    adversarial = parser.add_argument_group("adversarial training")
-    adversarial.add_argument(
-        "--adversarial-training",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train on images moved by PGD, with any loss (default: off)",
-    )
-    adversarial.add_argument("--adv-norm", choices=NORMS, default="l2", help="norm of the attack")
-    adversarial.add_argument("--adv-eps", type=cli.pixel_distance, default=0.1, help="its radius; may be a fraction")
-    adversarial.add_argument("--adv-steps", type=cli.positive_int, default=3, help="its gradient steps")
-    adversarial.add_argument("--adv-step-size", type=cli.pixel_distance, default=0.01, help="length of a step")
+    flag = parser.add_argument_group("adversarial training").add_argument
+    moved = "train on images moved by PGD, with any loss (default: off)"
+    flag("--adversarial-training", action=on_off, default=False, help=moved)
+    flag("--adv-norm", choices=NORMS, default="l2", help="norm of the attack")
+    flag("--adv-eps", type=cli.pixel_distance, default=0.1, help="its radius; may be a fraction")
+    flag("--adv-steps", type=cli.positive_int, default=3, help="its gradient steps")
+    flag("--adv-step-size", type=cli.pixel_distance, default=0.01, help="length of a step")
 
-    watching = parser.add_argument_group("watching")
+    flag = parser.add_argument_group("watching").add_argument
     measuring = "add the mean curvature of N test images to each epoch's metrics"
-    watching.add_argument("--measure-curvature", type=cli.positive_int, metavar="N", help=measuring)
+    flag("--measure-curvature", type=cli.positive_int, metavar="N", help=measuring)
     keeping = "keep the checkpoint of every K-th epoch, as ..._epoch<k>.pt"
-    watching.add_argument("--save-every", type=cli.positive_int, metavar="K", help=keeping)
+    flag("--save-every", type=cli.positive_int, metavar="K", help=keeping)
 
-    files = parser.add_argument_group("files")
-    files.add_argument("--data-dir", default="datasets", help="where the data set's files are, or go")
-    files.add_argument("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
-    files.add_argument("--output-dir", type=Path, default=Path("saved_models"), help="where the run's files go")
-    existing = files.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue the run of this name, if there is one")
-    existing.add_argument("--overwrite", action="store_true", help="replace the run of this name, if there is one")
+    group = parser.add_argument_group("files")
+    flag, existing = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    flag("--data-dir", default="datasets", help="where the data set's files are, or go")
+    flag("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
+    flag("--output-dir", type=Path, default=Path("saved_models"), help="where the run's files go")
+    existing("--resume", action="store_true", help="continue the run of this name, if there is one")
+    existing("--overwrite", action="store_true", help="replace the run of this name, if there is one")
 
-    machine = cli.add_shared_flags(parser)
-    machine.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="of convolutions and matrix products in training"
-    )
-    machine.add_argument(
-        "--strong-determinism-wanted",
-        "--strong_determinism_wanted",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="same bits every time on the same machine (default: on)",
-    )
+    flag = cli.add_shared_flags(parser).add_argument
+    flag("--precision", choices=PRECISIONS, default="fp32", help="of convolutions and matrix products in training")
+    names = "--strong-determinism-wanted", "--strong_determinism_wanted"
+    flag(*names, action=on_off, default=True, help="same bits every time on the same machine (default: on)")
     return parser
 
 
@@ -166,7 +131,7 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
         try:
             if not run.is_finished or run.data_moved:
                 data = load_dataset(flags.dataset, flags.data_dir, run.image_size, flags.download).to(flags.device)
-                check_same_data(run, data)
+                run.check_data(data)
             if run.is_finished:
                 print(f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}")
                 write_report(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
@@ -217,9 +182,6 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
     if hidden := unregistered(loss):
         remedy = "use nn.Parameter or nn.ParameterList for tensors, a submodule or nn.ModuleList for networks"
         raise UsageError(f"{name} would neither train nor save {hidden[0]}; {remedy}")
-    for part in loss.modules():
-        if isinstance(part, CELoss):
-            part.warmup_epochs = flags.reg_warmup
     return loss.to(flags.device)
 
 
@@ -227,16 +189,12 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
     """The epochs that are left, each saved when it is done; then the report."""
     optimizer = build_optimizer(loss, flags.lr, flags.momentum, flags.weight_decay, flags.beta_weight_decay)
     metrics = restore(run, loss, optimizer)
-    first = distributed.rank() == 0
     print(describe(flags, run, data, loss))
-    entries = checkpoint_entries(flags, data)
     step = TrainingStep(loss)
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
         metrics.append(train_one_epoch(flags, epoch, data, step, optimizer))
-        if first:
-            is_last = epoch == flags.num_epochs
-            state = {"model": loss.model.state_dict(), "loss": own_state(loss), "optimizer": optimizer.state_dict()}
-            run.record(metrics, entries | state, is_last)
+        if distributed.rank() == 0:
+            run.record(metrics, loss, optimizer)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
     write_report(run, metrics, loss.model)
     if remark := remark_on_chance(metrics[-1], data):
@@ -251,54 +209,6 @@ def write_report(run: Run, metrics: list[dict], model: nn.Module) -> None:
         plot_training(run.picture, run.checkpoint.stem, metrics, model)
 
 
-def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss) -> str:
-    """What is about to be trained, in words."""
-    processes = f"; {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
-    return (
-        f"{flags.model_arch} ({count_parameters(loss)}) with {type(loss).__name__} on {flags.dataset}: "
-        f"{len(data.train)} training and {len(data.test)} test images of {run.image_size} x {run.image_size}, "
-        f"{len(data.class_names)} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
-        f"{processes}{resumed}"
-    )
-
-
-def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
-    """Put back what the run that goes on has saved; returns its metrics, one dict per epoch."""
-    if not run.saved:
-        return []
-    fill_buffers(loss.model, run.saved["model"])
-    load_weights(loss.model, run.saved["model"], run.path, run.saved["model_arch"])
-    own = run.saved.get("loss", {})
-    try:
-        fill_buffers(loss, own)
-        loss.load_state_dict(loss.state_dict() | own, strict=True)
-        if missing := own_state(loss).keys() - own.keys():
-            raise KeyError(f"no {min(missing)}")
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
-        raise UserError(f"{problem}; start again, with --overwrite") from error
-    load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
-    return run.saved["metrics"]
-
-
-def own_state(loss: CELoss) -> dict:
-    """The loss's own entries of its state_dict: all but the network's."""
-    return {name: value for name, value in loss.state_dict().items() if not name.startswith("model.")}
-
-
-def checkpoint_entries(flags: argparse.Namespace, data: ImageData) -> dict:
-    """What every checkpoint of a run tells of the network and the data, see models/checkpoint.py."""
-    return {
-        "model_arch": flags.model_arch,
-        "lcnn": flags.lcnn,
-        "dataset": flags.dataset,
-        "num_classes": len(data.class_names),
-        "class_names": data.class_names,
-        "data": data.fingerprint(),
-    }
-
-
 def train_one_epoch(
     flags: argparse.Namespace, epoch: int, data: ImageData, step: TrainingStep, optimizer: torch.optim.SGD
 ) -> dict[str, float]:
@@ -306,7 +216,7 @@ def train_one_epoch(
     loss, world_size = step.loss, distributed.world_size()
     for part in loss.modules():
         if isinstance(part, CELoss):  # a loss may be made of others
-            part.epoch, part.num_epochs = epoch, flags.num_epochs
+            part.epoch, part.num_epochs, part.warmup_epochs = epoch, flags.num_epochs, flags.reg_warmup
     # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
     seed_everything(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
     lr = learning_rate(flags.lr, epoch, flags.num_epochs)
@@ -339,10 +249,9 @@ def train_one_epoch(
 
 def how_to_go_on(arguments: Sequence[str], start_again: bool) -> str:
     """The command that continues an interrupted run. One that was to replace another and saved nothing starts again."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     launcher = [sys.executable]
-    if distributed.world_size() > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={local}"]  # torchrun, found or not
+    if distributed.world_size() > 1:  # torchrun, found or not
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     aim, flag = ("start again", "--overwrite") if start_again else ("go on after the last finished epoch", "--resume")
     return f"to {aim}: {shlex.join([*launcher, str(Path(__file__)), *again, flag])}"

@@ -12,6 +12,7 @@ from curvature.subjects import Subject, for_examples
 from data.datasets import ImageData
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from training.epoch import COLUMNS
+from training.run_files import Run
 from utils.distributed import world_size
 from utils.numerics import at_chance
 from utils.plots import draw_bars, new_figure, save_figure
@@ -37,6 +38,18 @@ def count_parameters(loss: nn.Module) -> str:
     parts = [f"{of_model - bends:,} weights", f"{bends} beta and gamma" if bends else ""]
     parts += [f"{total - of_model} of the loss"] if total > of_model else []
     return ", ".join(filter(None, parts))
+
+
+def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: nn.Module) -> str:
+    """What is about to be trained, in words."""
+    processes = f"; {world_size()} processes" if world_size() > 1 else ""
+    resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
+    return (
+        f"{flags.model_arch} ({count_parameters(loss)}) with {type(loss).__name__} on {flags.dataset}: "
+        f"{len(data.train)} training and {len(data.test)} test images of {run.image_size} x {run.image_size}, "
+        f"{len(data.class_names)} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
+        f"{processes}{resumed}"
+    )
 
 
 def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace) -> dict[str, float]:

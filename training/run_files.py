@@ -9,9 +9,12 @@ from pathlib import Path
 
 import filelock
 import pandas as pd
+import torch
 
 from data.datasets import ImageData, datasets
-from models.checkpoint import read_checkpoint, save_checkpoint
+from models.checkpoint import fill_buffers, load_weights, read_checkpoint, save_checkpoint
+from regularized_loss import CELoss
+from training.epoch import load_optimizer_state
 from utils import distributed
 from utils.errors import UsageError, UserError, one_line
 from utils.files import make_room, remove_leftovers, write_atomically
@@ -39,6 +42,7 @@ class Run:
     path: Path | None = None  # of the checkpoint to go on from
     saved: dict | None = None  # its content
     replaces: bool = False  # another run, with --overwrite, until its own first epoch is saved
+    data: dict | None = None  # what the checkpoint records of the data
 
     @property
     def is_finished(self) -> bool:
@@ -59,24 +63,36 @@ class Run:
         name = re.compile(re.escape(self.checkpoint.stem) + r"_epoch\d+\.pt")
         return [path for path in self.checkpoint.parent.iterdir() if name.fullmatch(path.name)]
 
-    def record(self, metrics: list[dict], entries: dict, is_last: bool) -> None:
+    def check_data(self, data: ImageData) -> None:
+        """Note the data; UsageError if the run that goes on was started on other images, classes or labels."""
+        names = data.class_names
+        self.data = {"num_classes": len(names), "class_names": names, "data": data.fingerprint()}
+        if self.saved and any(self.saved.get(entry) != self.data[entry] for entry in ("class_names", "data")):
+            raise UsageError(
+                f"--resume: {self.path} was started on other data, at {self.saved['flags'].get('data_dir')}; "
+                "give that as --data-dir, or another --output-dir"
+            )
+
+    def record(self, metrics: list[dict], loss: CELoss, optimizer: torch.optim.SGD) -> None:
         """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
 
         Args:
             metrics: a row for each epoch.
-            entries: the checkpoint's other entries; a finished one does without the optimizer's.
+            optimizer: its state is saved until the run is finished.
         """
-        own = {"image_size": self.image_size, "flags": self.flags, "epoch": len(metrics), "metrics": metrics}
-        trained = {name: entry for name, entry in entries.items() if name != "optimizer"} | own
+        # models/checkpoint.py says what each entry is
+        trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset")} | self.data
+        trained |= {"model": loss.model.state_dict(), "loss": own_state(loss)}
+        trained |= {"image_size": self.image_size, "flags": self.flags, "epoch": len(metrics), "metrics": metrics}
         kept = self.epoch_file(len(metrics)) if self.save_every and len(metrics) % self.save_every == 0 else None
         if kept:  # before the epoch counts as done, so that a killed run keeps it when it goes on
             remove_leftovers(kept)
             save_checkpoint(kept, trained)
-        if is_last:
+        if len(metrics) == self.flags["num_epochs"]:
             save_checkpoint(self.checkpoint, trained)
             self.unfinished.unlink(missing_ok=True)
         else:
-            save_checkpoint(self.unfinished, entries | own)
+            save_checkpoint(self.unfinished, trained | {"optimizer": optimizer.state_dict()})
             if self.replaces:
                 self.checkpoint.unlink(missing_ok=True)
                 self.picture.unlink(missing_ok=True)
@@ -205,11 +221,23 @@ def check_resumable(path: Path, saved: dict) -> None:
         raise UserError(f"{path}: its metrics are not those of {epoch} epochs; start again, with --overwrite")
 
 
-def check_same_data(run: Run, data: ImageData) -> None:
-    """Raise UsageError unless the run that goes on was started on these very images, classes and labels."""
-    saved = run.saved
-    if saved and (saved.get("class_names") != data.class_names or saved.get("data") != data.fingerprint()):
-        raise UsageError(
-            f"--resume: {run.path} was started on other data, at {saved['flags'].get('data_dir')}; "
-            "give that as --data-dir, or another --output-dir"
-        )
+def own_state(loss: CELoss) -> dict:
+    """The loss's own entries of its state_dict: all but the network's."""
+    return {name: value for name, value in loss.state_dict().items() if not name.startswith("model.")}
+
+
+def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
+    """Put back what the run that goes on has saved; returns its metrics, one dict per epoch."""
+    if not run.saved:
+        return []
+    fill_buffers(loss.model, run.saved["model"])
+    load_weights(loss.model, run.saved["model"], run.path, run.saved["model_arch"])
+    own = run.saved.get("loss", {})
+    try:
+        fill_buffers(loss, own)
+        loss.load_state_dict({f"model.{name}": value for name, value in loss.model.state_dict().items()} | own)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
+        raise UserError(f"{problem}; start again, with --overwrite") from error
+    load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
+    return run.saved["metrics"]
