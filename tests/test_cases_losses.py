@@ -241,13 +241,6 @@ def hidden_in(loss: CELoss, **attributes) -> CELoss:
     return loss
 
 
-class Bag:
-    """A plain object."""
-
-    def __init__(self):
-        self.weight = torch.zeros(2, requires_grad=True)
-
-
 @pytest.mark.parametrize(
     ("attribute", "found"),
     [
@@ -255,8 +248,7 @@ class Bag:
         (torch.zeros(2, requires_grad=True) * 2, ["x"]),
         ([torch.zeros(2), nn.Parameter(torch.zeros(2))], ["x[1]"]),
         ({"a": (nn.Linear(2, 2),)}, ["x['a'][0]"]),
-        (Bag(), ["x.weight"]),
-        (nn.ModuleDict({"a": hidden_in(nn.Identity(), y=Bag())}), ["x.a.y.weight"]),
+        (nn.ModuleDict({"a": hidden_in(nn.Identity(), y=[torch.zeros(2, requires_grad=True)])}), ["x.a.y[0]"]),
         ({"weights": torch.zeros(2), "teacher": nn.Linear(2, 2).requires_grad_(False)}, ["x['teacher']"]),
         (nn.ParameterList([torch.zeros(2)]), []),
         (hidden_in(nn.Linear(2, 2), product=torch.ones(2, requires_grad=True) * 2), []),  # as the old weight_norm has

@@ -1,11 +1,9 @@
 """One epoch of training: the optimizer, the training step, evaluation, and BatchNorm's first statistics."""
 
 import traceback
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +15,9 @@ from models.model_selector import OUR_NETWORKS
 from regularized_loss import CELoss
 from training.parallel import average_statistics, equalize, sum_gradients
 from utils import distributed
-from utils.errors import UserError, one_line
+from utils.errors import UserError, is_out_of_memory, one_line
 
+MINIMIZED = "return a scalar tensor computed from the network's output"
 # of the metrics, beside the terms of the loss
 COLUMNS = ("epoch", "learning_rate", "train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second")
 
@@ -85,34 +84,25 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
 def unregistered(loss: CELoss) -> list[str]:
     """Where a loss keeps modules, or tensors that require a gradient, that nn.Module does not know as its own.
 
-    They would be neither trained nor saved. Lists, dicts and plain objects are looked into; the network is not.
+    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not.
     """
-    internal = vars(nn.Module()).keys()
-    own = {name: m for name, m in loss.named_modules() if name.split(".")[0] != "model"}
-    todo = [
-        (f"{prefix}.{name}".lstrip("."), value)
-        for prefix, module in own.items()
-        for name, value in (vars(module) | module._buffers).items()
-        if name not in internal
-    ]
-    seen = {id(known) for known in (*loss.parameters(), *loss.modules())}
-    found = []
-    while todo:
-        name, value = todo.pop()
-        if id(value) in seen or isinstance(value, (type, ModuleType)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
+    known = {id(part) for part in (*loss.parameters(), *loss.modules())}
+
+    def hidden(name: str, value) -> Iterator[str]:
+        if isinstance(value, (list, tuple, dict)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from hidden(f"{name}[{key!r}]", item)
+        elif id(value) not in known:
             # what a submodule computed from its parameters, as the old weight_norm does, is no leaf
-            found += [name] if value.requires_grad and (value.is_leaf or "." not in name) else []
-        elif isinstance(value, nn.Module):
-            found.append(name)
-        elif isinstance(value, dict):
-            todo += [(f"{name}[{key!r}]", item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple, set, deque)):
-            todo += [(f"{name}[{i}]", item) for i, item in enumerate(value)]
-        elif hasattr(value, "__dict__"):
-            todo += [(f"{name}.{key}", item) for key, item in vars(value).items()]
+            trained = isinstance(value, Tensor) and value.requires_grad and (value.is_leaf or "." not in name)
+            if trained or isinstance(value, nn.Module):
+                yield name
+
+    found = []
+    for path, part in loss.named_modules():
+        own = vars(part) | part._buffers if path.split(".")[0] != "model" else {}
+        for name in own.keys() - vars(nn.Module()).keys():
+            found += hidden(f"{path}.{name}".lstrip("."), own[name])
     return sorted(found)
 
 
@@ -132,54 +122,42 @@ class TrainingStep:
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
-        total = self.loss(images, labels)
-        self.check_total(total)
-        if self.names is None:
-            self.check_state()
-        terms = self.loss.terms
-        self.check_terms(terms)
+        total, terms = self.loss(images, labels), self.loss.terms
+        self.check(total, terms)
         (total * weight).backward()
         sum_gradients(self.loss)
         if all(parameter.grad is None for parameter in self.loss.parameters()):
-            self.refuse_total("a tensor that depends on no parameter")
+            self.refuse(f"returned a tensor that depends on no parameter; {MINIMIZED}")
         return {"train_loss": total.detach(), **terms}
 
-    def check_total(self, total: Tensor) -> None:
-        """Raise UserError unless the loss is something to minimize."""
-        if not isinstance(total, Tensor):
-            problem = f"a {type(total).__name__}"
-        elif total.ndim:
-            problem = f"a tensor of shape {tuple(total.shape)}"
-        elif not total.requires_grad:
-            problem = "a tensor without gradient"
-        else:
-            return
-        self.refuse_total(problem)
+    def check(self, total: Tensor, terms: dict[str, Tensor]) -> None:
+        """Raise UserError unless the loss is something to minimize, with terms that can be columns of the metrics.
 
-    def refuse_total(self, problem: str) -> None:
-        remedy = "return a scalar tensor computed from the network's output"
-        raise UserError(f"{type(self.loss).__name__}.compute_loss returned {problem}; {remedy}")
-
-    def check_state(self) -> None:
-        """Raise UserError if the first step made state of the loss: the optimizer and --resume would not know it."""
-        created = [key for key in self.loss.state_dict().keys() - self.keys if not key.startswith("model.")]
-        if created:
-            problem = f"{type(self.loss).__name__}.compute_loss creates {min(created)}"
-            raise UserError(f"{problem}, which would be neither trained nor resumed; create it in the constructor")
-
-    def check_terms(self, terms: dict[str, Tensor]) -> None:
-        """Raise UserError unless the terms can be columns of the metrics: scalars, the same in every step."""
+        Nor may the first step make state of the loss: the optimizer and --resume would not know it.
+        """
+        created = ()
         if self.names is None:
-            self.names = list(terms)
+            self.names, created = list(terms), self.loss.state_dict().keys() - self.keys
+        if not isinstance(total, Tensor):
+            self.refuse(f"returned a {type(total).__name__}; {MINIMIZED}")
+        if total.ndim:
+            self.refuse(f"returned a tensor of shape {tuple(total.shape)}; {MINIMIZED}")
+        if not total.requires_grad:
+            self.refuse(f"returned a tensor without gradient; {MINIMIZED}")
+        if created := [key for key in created if not key.startswith("model.")]:
+            remedy = "create it in the constructor"
+            self.refuse(f"creates {min(created)}, which would be neither trained nor resumed; {remedy}")
         if taken := [name for name in terms if name in COLUMNS]:
-            problem = f"{taken[0]!r} is a column of the metrics already; rename it"
-        elif list(terms) != self.names:
-            problem = f"{', '.join(self.names)} at first, {', '.join(terms)} later; set the same in every step"
-        elif odd := [name for name, term in terms.items() if term.ndim]:
-            problem = f"{odd[0]!r} is of shape {tuple(terms[odd[0]].shape)}; set a scalar"
-        else:
-            return
-        raise UserError(f"the terms in the metadata of {type(self.loss).__name__}: {problem}")
+            self.refuse(f"sets metadata in which {taken[0]!r} is a column of the metrics already; rename it")
+        if list(terms) != self.names:
+            names = f"{', '.join(self.names)} at first, {', '.join(terms)} later"
+            self.refuse(f"sets the metadata {names}; set the same in every step")
+        if odd := [name for name, term in terms.items() if term.ndim]:
+            shape = tuple(terms[odd[0]].shape)
+            self.refuse(f"sets metadata in which {odd[0]!r} is of shape {shape}; set a scalar")
+
+    def refuse(self, problem: str) -> None:
+        raise UserError(f"{type(self.loss).__name__}.compute_loss {problem}")
 
 
 class NonFiniteStep(Exception):
@@ -258,6 +236,15 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
     return dict(zip(sums, means, strict=True))
 
 
+# what PyTorch's refusal says -> what may help
+REMEDIES = {
+    "deterministic": "--no-strong-determinism-wanted may help",
+    "was compiled": "leave torch.compile out of it",
+    "leaf Variable that requires grad": "change its input nowhere in place: inplace=False in the first layer",
+    "used in the graph": "remove any no_grad or detach from its forward",
+}
+
+
 @contextmanager
 def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[None]:
     """Say in one line why another project's network could not be trained.
@@ -278,21 +265,12 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         in_network = any(frame.f_locals.get("self") is loss.model for frame in frames)  # one of torch's layers alone
         in_the_loss = files[last].name == "regularized_loss.py" and not in_autograd and not in_network
-        if isinstance(loss.model, OUR_NETWORKS) or in_the_loss:
+        if isinstance(loss.model, OUR_NETWORKS) or in_the_loss or isinstance(error, UserError):
             raise
-        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
-            raise
-        if distributed.is_lost_process(error) or "can't allocate memory" in str(error):
+        if distributed.is_lost_process(error) or is_out_of_memory(error):
             raise
         remedy = "use layers that can be differentiated as often as it needs, or --lcnn, which replaces some"
-        if "deterministic" in str(error):
-            remedy = "--no-strong-determinism-wanted may help"
-        elif "was compiled" in str(error):
-            remedy = "leave torch.compile out of it"
-        elif "leaf Variable that requires grad" in str(error):
-            remedy = "change its input nowhere in place: inplace=False in the first layer"
-        elif "used in the graph" in str(error):
-            remedy = "remove any no_grad or detach from its forward"
+        remedy = next((known for words, known in REMEDIES.items() if words in str(error)), remedy)
         raise UserError(f"{model_arch}: cannot be trained with {name} ({one_line(error)}); {remedy}") from error
 
 

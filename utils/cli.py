@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import torch
 
-from utils.errors import Terminated, UsageError, UserError, one_line
+from utils.errors import Terminated, UsageError, UserError, is_out_of_memory, one_line
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -152,8 +152,7 @@ def run(
     except UserError as error:
         message, code = str(error), error.exit_code
     except (RuntimeError, MemoryError) as error:
-        of_torch = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not of_torch and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
         message, code = f"out of memory ({one_line(error)}); try a smaller --batch-size or --image-size", 1
     except OSError as error:

@@ -1,5 +1,7 @@
 """The errors the command line turns into one line and an exit code."""
 
+import torch
+
 
 class UserError(Exception):
     """A problem the user can mend: a file, a data set, a device. The message names the problem and the remedy."""
@@ -15,6 +17,11 @@ class UsageError(UserError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: to be handled as Ctrl-C is."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that there is no memory left, on a GPU or a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:
