@@ -43,44 +43,26 @@ from utils.files import make_room
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="estimate_curvature.py", description=__doc__.splitlines()[0])
 
-    what = parser.add_argument_group("what to measure")
-    add_subject_flags(what, default_split="both")
+    add_subject_flags(parser.add_argument_group("what to measure"), default_split="both")
 
-    how = parser.add_argument_group("how")
-    how.add_argument("--method", choices=methods, default="lanczos", help="power is the paper's")
-    how.add_argument("--num-power-iter", type=cli.positive_int, default=10, help="most Hessian-vector products")
-    how.add_argument("--tol", type=cli.nonnegative_float, default=1e-3, help="relative residual at which one is done")
-    how.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
-    how.add_argument("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
-    how.add_argument(
-        "--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the trace, and more"
-    )
-    how.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure our networks with BatchNorm and spectral norm folded into the weights, faster (default: on)",
-    )
+    flag = parser.add_argument_group("how").add_argument
+    flag("--method", choices=methods, default="lanczos", help="power is the paper's")
+    flag("--num-power-iter", type=cli.positive_int, default=10, help="most Hessian-vector products")
+    flag("--tol", type=cli.nonnegative_float, default=1e-3, help="relative residual at which one is done")
+    flag("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
+    flag("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
+    probes = "products for the trace, and more"
+    flag("--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help=probes)
+    fold = "measure our networks with BatchNorm and spectral norm folded into the weights, faster (default: on)"
+    flag("--fold", action=argparse.BooleanOptionalAction, default=True, help=fold)
 
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="write one row per example, in place of an earlier file; .csv or .json",
-    )
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distributions over examples")
-    output.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="FILE", help="earlier --output files to set beside"
-    )
-    output.add_argument(
-        "--layers",
-        nargs="?",
-        type=Path,
-        const=True,
-        metavar="FILE.png",
-        help="low-curvature networks layer by layer, with the curvature bound; with a file also a picture",
-    )
+    flag = parser.add_argument_group("output").add_argument
+    rows = "write one row per example, in place of an earlier file; .csv or .json"
+    flag("--output", type=Path, metavar="FILE", help=rows)
+    flag("--plot", type=Path, metavar="FILE.png", help="draw the distributions over examples")
+    flag("--compare", type=Path, nargs="+", default=[], metavar="FILE", help="earlier --output files to set beside")
+    layers = "low-curvature networks layer by layer, with the curvature bound; with a file also a picture"
+    flag("--layers", nargs="?", type=Path, const=True, metavar="FILE.png", help=layers)
 
     cli.add_shared_flags(parser)
     return parser

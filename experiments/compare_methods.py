@@ -80,18 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="Every other flag is one of train_models.py's and goes to every training run; see its --help.",
     )
-    what = parser.add_argument_group("what to compare")
-    what.add_argument("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
-    what.add_argument("--methods", nargs="+", choices=METHODS, help="rows of the table (default: all)")
-    what.add_argument("--model-arch", choices=("resnet18", "resnet34", "vgg11"), default="resnet18", help="the network")
-    what.add_argument("--num-seeds", type=cli.positive_int, default=1, help="runs of each method; seeds from --seed on")
-    how = parser.add_argument_group("how to measure")
-    how.add_argument("--split", choices=("test", "both"), default="both", help="which examples' curvature")
-    how.add_argument("--num-samples", type=cli.positive_int, help="examples of each split (default: 0.1 of it)")
-    how.add_argument("--num-power-iter", type=cli.positive_int, default=40, help="most Hessian-vector products")
-    how.add_argument("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of the attack")
-    how.add_argument("--restarts", type=cli.positive_int, default=3, help="its random starts")
-    how.add_argument("--autoattack", action="store_true", help="attack with AutoAttack too; far slower")
+    flag = parser.add_argument_group("what to compare").add_argument
+    flag("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
+    flag("--methods", nargs="+", choices=METHODS, help="rows of the table (default: all)")
+    flag("--model-arch", choices=("resnet18", "resnet34", "vgg11"), default="resnet18", help="the network")
+    flag("--num-seeds", type=cli.positive_int, default=1, help="runs of each method; seeds from --seed on")
+    flag = parser.add_argument_group("how to measure").add_argument
+    flag("--split", choices=("test", "both"), default="both", help="which examples' curvature")
+    flag("--num-samples", type=cli.positive_int, help="examples of each split (default: 0.1 of it)")
+    flag("--num-power-iter", type=cli.positive_int, default=40, help="most Hessian-vector products")
+    flag("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of the attack")
+    flag("--restarts", type=cli.positive_int, default=3, help="its random starts")
+    flag("--autoattack", action="store_true", help="attack with AutoAttack too; far slower")
     parser.add_argument("--output-dir", type=Path, default=Path("comparison"), help="where everything goes")
     cli.add_shared_flags(parser)
     return parser

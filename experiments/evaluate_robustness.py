@@ -26,31 +26,27 @@ from utils.files import make_room
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="evaluate_robustness", description=__doc__.splitlines()[0])
-    what = parser.add_argument_group("what to examine")
-    add_subject_flags(what, default_split="test")
-    distances = {"type": cli.pixel_distance, "metavar": "EPS", "nargs": "+"}
-    attacks = parser.add_argument_group("attacks, on images in [0, 1]")
-    attacks.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS), help="of the perturbations")
-    attacks.add_argument("--eps-l2", **distances, default=[0.05, 0.1, 0.15, 0.2], help="l2 radii")
-    radii = [1 / 255, 2 / 255, 4 / 255]
-    attacks.add_argument("--eps-linf", **distances, default=radii, help="l-infinity radii; may be fractions as 8/255")
-    attacks.add_argument("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of PGD")
-    attacks.add_argument("--pgd-step-size", type=cli.pixel_distance, help="length of a step (default: 2.5 eps / steps)")
-    attacks.add_argument("--restarts", type=cli.positive_int, default=3, help="random starts of PGD")
-    help_text = (
-        "try AutoAttack on what PGD leaves; far slower, and its random starts depend on the batch (default: off)"
-    )
-    attacks.add_argument("--autoattack", action=argparse.BooleanOptionalAction, default=False, help=help_text)
+    add_subject_flags(parser.add_argument_group("what to examine"), default_split="test")
 
-    stability = parser.add_argument_group("gradient stability")
+    flag = parser.add_argument_group("attacks, on images in [0, 1]").add_argument
+    distances, radii = {"type": cli.pixel_distance, "metavar": "EPS", "nargs": "+"}, [1 / 255, 2 / 255, 4 / 255]
+    flag("--norms", nargs="+", choices=NORMS, default=list(NORMS), help="of the perturbations")
+    flag("--eps-l2", **distances, default=[0.05, 0.1, 0.15, 0.2], help="l2 radii")
+    flag("--eps-linf", **distances, default=radii, help="l-infinity radii; may be fractions as 8/255")
+    flag("--pgd-steps", type=cli.positive_int, default=20, help="gradient steps of PGD")
+    flag("--pgd-step-size", type=cli.pixel_distance, help="length of a step (default: 2.5 eps / steps)")
+    flag("--restarts", type=cli.positive_int, default=3, help="random starts of PGD")
+    harder = "try AutoAttack on what PGD leaves; far slower, and its random starts depend on the batch (default: off)"
+    flag("--autoattack", action=argparse.BooleanOptionalAction, default=False, help=harder)
+
+    flag = parser.add_argument_group("gradient stability").add_argument
     changes = distances | {"metavar": "DELTA", "nargs": "*", "default": [0.05, 0.1, 0.15, 0.2]}
-    stability.add_argument("--deltas", **changes, help="l2 norms of the random changes; none given: not measured")
-    stability.add_argument("--draws", type=cli.positive_int, default=5, help="random changes of each norm an example")
+    flag("--deltas", **changes, help="l2 norms of the random changes; none given: not measured")
+    flag("--draws", type=cli.positive_int, default=5, help="random changes of each norm an example")
 
-    output = parser.add_argument_group("output")
-    help_text = "write one row per example, and a summary to FILE.json"
-    output.add_argument("--output", type=Path, metavar="FILE.csv", help=help_text)
-    output.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy and stability by distance")
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output", type=Path, metavar="FILE.csv", help="write one row per example, and a summary to FILE.json")
+    flag("--plot", type=Path, metavar="FILE.png", help="draw accuracy and stability by distance")
     parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="examples at once; memory, not results")
     cli.add_shared_flags(parser)
     return parser
