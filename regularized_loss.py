@@ -193,12 +193,7 @@ class CurvatureAndGradientRegularizedLoss(CELoss):
         losses = self.losses(input, target)
         raw_loss, gradnorm = losses.mean(), gradnorm_penalty(losses, input)
         beta_term, gamma_term = beta_penalty(self.model), gamma_penalty(self.model)
-        self.metadata = {
-            "raw_loss": raw_loss,
-            "beta_term": beta_term,
-            "gamma_term": gamma_term,
-            "gradnorm": gradnorm,
-        }
+        self.metadata = {"raw_loss": raw_loss, "beta_term": beta_term, "gamma_term": gamma_term, "gradnorm": gradnorm}
         reg_beta, reg_gamma, reg_gnorm = (self.ramp * weight for weight in self.reg_constants)
         return raw_loss + reg_beta * beta_term + reg_gamma * gamma_term + reg_gnorm * gradnorm
 

@@ -12,7 +12,7 @@ from data.batches import Batch
 from experiments.robustness import auto_attack, strongest
 from models.layers import LCNN
 from models.resnet import ResNet
-from training.attacks import PGD, adversarial_batches, adversarial_images, perturbation_norms, project
+from training.attacks import PGD, adversarial_batches, adversarial_images, project
 
 SHAPE = (2, 3, 4)  # of an image: 24 pixels
 
@@ -30,6 +30,10 @@ def batch(n: int, classes: int, low: float = 0.3, high: float = 0.7, shape: tupl
 
 def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+def perturbation_norms(delta: torch.Tensor, norm: str) -> torch.Tensor:
+    return torch.linalg.vector_norm(delta.flatten(1), ord=float(norm.removeprefix("l")), dim=1)
 
 
 def fooled(model, found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,6 @@ from utils.numerics import Generators, draw_normal, frozen_in_eval, normalize, n
 NORMS = ("l2", "linf")
 
 
-def perturbation_norms(delta: Tensor, norm: str) -> Tensor:
-    """(N, ...) -> (N,): each row's size in a norm of ``NORMS``."""
-    return norms(delta) if norm == "l2" else delta.flatten(1).abs().amax(dim=1)
-
-
 def project(delta: Tensor, norm: str, eps: float) -> Tensor:
     """(N, ...): of each row the nearest point in the ball of radius eps."""
     if norm == "linf":

@@ -87,9 +87,9 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
     with torch.no_grad():
         betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
         gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
+    bars = {"beta by activation": betas, "gamma by BatchNorm": gammas}
+    bars = {panel: values for panel, values in bars.items() if values}
     measured = [name for name in QUANTITIES if name in metrics[0]]
-    figure, axes = new_figure(3 + bool(measured) + bool(betas) + bool(gammas))
-    figure.suptitle(title)
     penalties = [name for name in metrics[0] if name not in (*COLUMNS, *measured, "raw_loss")]
     panels = {
         "loss": [name for name in ("train_loss", "raw_loss", "test_loss") if name in metrics[0]],
@@ -97,6 +97,8 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         "unweighted penalty terms" if penalties else "learning rate": penalties or ["learning_rate"],
     }
     panels |= {"means over test images": measured} if measured else {}
+    figure, axes = new_figure(len(panels) + len(bars))
+    figure.suptitle(title)
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         for name in names:
             values = [row[name] for row in metrics]
@@ -106,7 +108,6 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         axis.legend()
     for axis in axes[2 : len(panels)]:
         axis.set_yscale("log")
-    bars = {"beta by activation": betas, "gamma by BatchNorm": gammas}
-    for axis, name in zip(axes[len(panels) :], [name for name, values in bars.items() if values], strict=True):
-        draw_bars(axis, name, bars[name])
+    for axis, (panel, values) in zip(axes[len(panels) :], bars.items(), strict=True):
+        draw_bars(axis, panel, values)
     save_figure(figure, path)

@@ -54,10 +54,6 @@ class Run:
         """Whether the data are elsewhere than where the run that goes on was started."""
         return self.saved["flags"].get("data_dir") != self.flags["data_dir"]
 
-    def epoch_file(self, epoch: int) -> Path:
-        """Where --save-every keeps the checkpoint of an epoch."""
-        return self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
-
     def epoch_files(self) -> list[Path]:
         """The epochs' checkpoints that are there, this run's or those of one that it replaces."""
         name = re.compile(re.escape(self.checkpoint.stem) + r"_epoch\d+\.pt")
@@ -80,15 +76,17 @@ class Run:
             metrics: a row for each epoch.
             optimizer: its state is saved until the run is finished.
         """
+        epoch, kept = len(metrics), None
         # models/checkpoint.py says what each entry is
         trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset")} | self.data
         trained |= {"model": loss.model.state_dict(), "loss": own_state(loss)}
-        trained |= {"image_size": self.image_size, "flags": self.flags, "epoch": len(metrics), "metrics": metrics}
-        kept = self.epoch_file(len(metrics)) if self.save_every and len(metrics) % self.save_every == 0 else None
-        if kept:  # before the epoch counts as done, so that a killed run keeps it when it goes on
+        trained |= {"image_size": self.image_size, "flags": self.flags, "epoch": epoch, "metrics": metrics}
+        if self.save_every and epoch % self.save_every == 0:
+            # before the epoch counts as done, so that a killed run keeps it when it goes on
+            kept = self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
             remove_leftovers(kept)
             save_checkpoint(kept, trained)
-        if len(metrics) == self.flags["num_epochs"]:
+        if epoch == self.flags["num_epochs"]:
             save_checkpoint(self.checkpoint, trained)
             self.unfinished.unlink(missing_ok=True)
         else:
