@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from curvature.pictures import plot_results
@@ -137,9 +138,8 @@ def curvature_markdown(table: pd.DataFrame, description: str) -> str:
     for split, rows in table.groupby("split"):
         count = (rows["examples"] // rows["seeds"]).max()
         columns = {title: mean_and_sd(rows, name) for name, title in COLUMNS.items()}
-        accuracies = columns[COLUMNS["test_accuracy"]]
-        for i, count in enumerate(rows["at_chance"]):
-            accuracies[i] += " †" if count else ""
+        accuracy, marks = COLUMNS["test_accuracy"], np.where(rows["at_chance"], " †", "")
+        columns[accuracy] = [cell + mark for cell, mark in zip(columns[accuracy], marks, strict=True)]
         title = f"Gradient, Hessian and curvature at {count} {split} examples:"
         parts += [title, markdown({"method": rows["method"], **columns})]
         parts += [f"† At least one network {AT_CHANCE}."] if rows["at_chance"].any() else []

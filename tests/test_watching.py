@@ -232,6 +232,7 @@ def test_a_network_at_chance_is_marked_wherever_it_is_compared(tmp_path):
     standard, lcnn = (next(line for line in text.splitlines() if f"| {m} |" in line) for m in ("Standard", "LCNN"))
     assert ("†" in standard, "55.5 ± 0 †" in lcnn) == (False, True)
     assert text.count("† At least one network at chance: ") == 1
+    assert "curvature at 50 test examples:" in text
 
 
 def test_cells_of_a_table_with_and_without_standard_deviations():
