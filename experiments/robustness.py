@@ -125,13 +125,9 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
     """
     make = import_auto_attack()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds torch's generators
-        attack = make(
-            lambda x: network(x.to(images.dtype, copy=True)).float(),  # a copy, as the model may work in place
-            norm={"l2": "L2", "linf": "Linf"}[norm],
-            eps=eps,
-            seed=seed,
-            device=images.device,
-        )
+        settings = {"norm": {"l2": "L2", "linf": "Linf"}[norm], "eps": eps, "seed": seed, "device": images.device}
+        # a copy, as the model may work in place
+        attack = make(lambda x: network(x.to(images.dtype, copy=True)).float(), **settings)
         num_classes = attack.model(images[:1]).shape[1]
         targets = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets

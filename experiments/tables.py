@@ -97,12 +97,9 @@ def robustness_table(runs: list[Run]) -> pd.DataFrame:
 
 def mean_and_sd(rows: pd.DataFrame, name: str) -> list[str]:
     """Cells "mean ± sd", or as much of it as there is."""
-
-    def cell(template: str, number: float) -> str:
-        return "" if pd.isna(number) else template.format(number)
-
-    pairs = zip(rows[name], rows[f"{name}_sd"], strict=True)
-    return [cell("{:.4g}", mean) + cell(" ± {:.2g}", sd) for mean, sd in pairs]
+    mean = rows[name].astype("float64").map("{:.4g}".format, na_action="ignore")
+    sd = rows[f"{name}_sd"].astype("float64").map(" ± {:.2g}".format, na_action="ignore")
+    return [*mean.astype(object).fillna("") + sd.astype(object).fillna("")]
 
 
 def markdown(columns: dict[str, list[str]]) -> str:

@@ -171,37 +171,31 @@ class FiniteSteps:
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
-        self.parameters = list(loss.parameters())
-        self.optimizer, self.step = optimizer, 0
-        self.bad: Tensor | None = None
+        self.parameters, self.optimizer = list(loss.parameters()), optimizer
+        self.steps: list[Tensor] = []  # what was computed in each, on the device
+        self.bad = torch.zeros((), device=self.parameters[0].device)
 
     def check(self, terms: dict[str, Tensor]) -> None:
         """To be called between the gradients of a step and the optimizer's step."""
-        self.step += 1
-        device = self.parameters[0].device
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
         # a term that was computed on the host is left out: to send it to the device would wait
-        terms = {name: term for name, term in terms.items() if term.device == device}
-        terms["the gradient"] = norms.sum()
+        terms = {name: term.float() for name, term in terms.items() if term.device == self.bad.device}
+        terms["the gradient"] = norms.sum().float()
         self.names = list(terms)
-        values = distributed.summed_on_device(torch.stack([term.float() for term in terms.values()]))
-        if self.bad is None:
-            self.bad, self.first = torch.zeros((), device=device), torch.zeros((), device=device)
-            self.values = values
-        good = self.bad == 0
-        self.values = torch.where(good, values, self.values)
-        self.first = torch.where(good, float(self.step), self.first)
+        values = distributed.summed_on_device(torch.stack(list(terms.values())))
+        self.steps.append(values)
         self.bad = torch.maximum(self.bad, 1 - values.isfinite().all().float())
         self.optimizer.found_inf = self.bad
-        if device.type == "cpu":
+        if self.bad.device.type == "cpu":
             self.raise_if_bad()
 
     def raise_if_bad(self) -> None:
         """Raise NonFiniteStep, with the step and what went bad in it, if one was not finite. Waits for the device."""
-        if self.bad is not None and self.bad.item():
-            bad = [f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist(), strict=True)]
+        if self.bad.item():
+            step, values = next((i, v) for i, v in enumerate(self.steps, start=1) if not v.isfinite().all())
+            bad = [f"{name} {value:g}" for name, value in zip(self.names, values.tolist(), strict=True)]
             bad = [text for text in bad if text.endswith(("nan", "inf"))]
-            raise NonFiniteStep(f"step {int(self.first)}: {', '.join(bad)}, so the step was not taken")
+            raise NonFiniteStep(f"step {step}: {', '.join(bad)}, so the step was not taken")
 
 
 def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> dict[str, float]:

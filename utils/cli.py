@@ -58,6 +58,7 @@ positive_int = number(int, 1)
 positive_float = number(float, 0, exclusive=True)
 nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
+seed = number(int, 0, 2**31)
 
 
 def pixel_distance(text: str) -> float:
@@ -94,11 +95,11 @@ def device(text: str) -> torch.device:
 def add_shared_flags(parser: argparse.ArgumentParser):
     """--device and --seed, the same in every script; returns their group."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
+    flag = group.add_argument
+    flag("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
     threads = "CPU threads (default: torch's choice); one is often fastest for small networks"
-    group.add_argument("--num-threads", type=positive_int, help=threads)
-    names, seed = ("--prng-seed", "--prng_seed", "--seed"), number(int, 0, 2**31)
-    group.add_argument(*names, type=seed, default=1729, help="seed of everything random")
+    flag("--num-threads", type=positive_int, help=threads)
+    flag("--prng-seed", "--prng_seed", "--seed", type=seed, default=1729, help="seed of everything random")
     return group
 
 
