@@ -49,16 +49,16 @@ def exchange_labels(labels: Tensor, fraction: float, num_classes: int, seed: int
     return labels, exchanged
 
 
-def measure(model: torch.nn.Module, split, flags: argparse.Namespace, epoch: int) -> dict[str, np.ndarray]:
-    """``SCORES`` of every example, (n,) each, with respect to the label it is trained with."""
+def measure(model: torch.nn.Module, split, flags: argparse.Namespace, epoch: int) -> pd.DataFrame:
+    """``SCORES`` of every example, a row each, with respect to the label it is trained with."""
     generator = torch.Generator().manual_seed(epoch_seed(flags.prng_seed, epoch))
     found, num_batches = [], -(-len(split) // BATCH_SIZE)
     with prepared(model) as network:
         for images, labels in progress(batches(split, BATCH_SIZE), "measuring", num_batches, "batches"):
             settings = {"num_iterations": 3, "trace_probes": flags.trace_probes, "generator": generator}
             columns = estimate_curvature(network, images, labels, **settings).columns()
-            found.append([columns[name] for name in SCORES])
-    return {name: torch.cat(parts).numpy() for name, parts in zip(SCORES, zip(*found, strict=True), strict=True)}
+            found.append(pd.DataFrame({name: columns[name] for name in SCORES}))
+    return pd.concat(found, ignore_index=True)
 
 
 def score(flags: argparse.Namespace) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def score(flags: argparse.Namespace) -> pd.DataFrame:
     seed_everything(flags.prng_seed)
     loss = CELoss(build_network(flags.model_arch, len(data.class_names), 16))
     optimizer, step = build_optimizer(loss, LR, MOMENTUM, WEIGHT_DECAY), TrainingStep(loss)
-    sums = dict.fromkeys(SCORES, 0.0)
+    means = 0.0
     for epoch in range(1, flags.num_epochs + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(LR, epoch, flags.num_epochs)
@@ -77,10 +77,10 @@ def score(flags: argparse.Namespace) -> pd.DataFrame:
         with training_settings():
             trained = train_epoch(step, optimizer, epoch_batches)
         scores = measure(loss.model, split, flags, epoch)
-        sums = {name: sums[name] + values / flags.num_epochs for name, values in scores.items()}
+        means += scores / flags.num_epochs
         aucs = "  ".join(f"{name} {roc_auc_score(exchanged, values):.3f}" for name, values in scores.items())
         print(f"epoch {epoch}/{flags.num_epochs}  train_loss {trained['train_loss']:.4f}  AUROC: {aucs}", flush=True)
-    return pd.DataFrame({"label": labels, "exchanged": exchanged, **sums})
+    return pd.DataFrame({"label": labels, "exchanged": exchanged}).join(means)
 
 
 def find(flags: argparse.Namespace) -> None:

@@ -137,8 +137,7 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
     run = name_run(flags)
     with ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(only_process_of(run)))
-        found = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
-        run.path, run.saved = found or (None, None)
+        run.path, run.saved = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
         run.replaces = flags.overwrite
         yield run
 
@@ -166,8 +165,8 @@ def only_process_of(run: Run) -> Iterator[None]:
         lock.release()
 
 
-def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from with its path, if --resume finds one; UsageError if a run is in the way."""
+def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Path | None, dict | None]:
+    """Path and content of the checkpoint that --resume finds, or None twice; UsageError if a run is in the way."""
     # both are there if the run was killed just as it finished; its last epoch is then done again
     path = next((path for path in (run.unfinished, run.checkpoint) if path.exists()), None)
     if flags.resume and path:
@@ -188,7 +187,7 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
             if path.exists():
                 remedy = "pass --overwrite to replace it, or another --output-dir"
                 raise UsageError(f"{path} exists, without its checkpoint; {remedy}")
-    return None
+    return None, None
 
 
 def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> None:

@@ -106,15 +106,14 @@ def add_shared_flags(parser: argparse.ArgumentParser):
 @contextmanager
 def threads_of_torch(count: int | None) -> Iterator[None]:
     """So many CPU threads, put back afterwards; None leaves everything to torch."""
-    if count is None:
-        yield
-        return
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(count)
+        if count:
+            torch.set_num_threads(count)
         yield
     finally:
-        torch.set_num_threads(before)
+        if count:
+            torch.set_num_threads(before)
 
 
 @contextmanager
