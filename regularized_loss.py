@@ -261,7 +261,7 @@ class HessianLoss(CELoss):
         (product,) = torch.autograd.grad(gradient, input, v, create_graph=True)
         raw_loss, hessian = losses.mean(), product.square().sum() / len(product)
         self.metadata = {"raw_loss": raw_loss, "hessian": hessian}
-        return raw_loss + self.reg_constant * hessian
+        return raw_loss + self.ramp * self.reg_constant * hessian
 
 
 # The weights of the penalties: name in ``flags`` -> its default and its help. reg_gnorm is --reg-gnorm there.

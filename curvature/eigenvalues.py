@@ -62,6 +62,7 @@ def power_method(hessian: InputHessian, start: Tensor, num_iterations: int, tol:
         norm = norms(product)
         value = torch.where((u * product).sum(dim=1) < 0, -norm, norm)
         residual = norms(product - value[:, None] * u) / torch.where(norm > 0, norm, 1)
+        residual = torch.where(norm > 0, residual.clamp_min(10 * getattr(hessian, "eps", 0.0)), residual)
         go_on = found.update(rows, *(x.cpu().double()[:, None] for x in (value, residual)), tol)
         if m + 1 == num_iterations or not go_on.any():
             break

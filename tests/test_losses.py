@@ -18,6 +18,7 @@ from regularized_loss import (
     CurvatureBoundRegularizedLoss,
     CurvatureRegularizedLoss,
     GradNormRegularizedLoss,
+    HessianLoss,
     gradnorm_penalty,
     regularizers,
 )
@@ -207,12 +208,14 @@ def test_curvature_bound_loss():
         CurvatureBoundRegularizedLoss(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", list(LOSSES)[1:])
+@pytest.mark.parametrize("name", [*list(LOSSES)[1:], "hessian"])
 def test_warmup_scales_the_penalties_and_not_the_cross_entropy(model, name):
-    loss, (x, y) = LOSSES[name](model), batch(4)
+    loss, (x, y) = {**LOSSES, "hessian": HessianLoss}[name](model), batch(4)
+    torch.manual_seed(0)  # of hessian's directions
     full = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
     loss.warmup_epochs = 2.0
     for loss.epoch, share in ((1, 0.0), (2, 0.5), (3, 1.0), (4, 1.0)):
+        torch.manual_seed(0)
         penalty = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
         assert penalty == pytest.approx(share * full, rel=1e-9, abs=1e-12)
 
