@@ -90,7 +90,7 @@ def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, 
                 # not grad(), which leaves out in silence what comes through a once_differentiable function
                 gradient.sum().backward()
         except Exception as error:
-            remedy = "leave torch.compile out of it" if "was compiled" in str(error) else "use layers that can"
+            remedy = "leave torch.compile out of it" if "compile" in str(error) else "use layers that can"
             raise UserError(f"{name}: cannot be differentiated twice ({one_line(error)}); {remedy}") from error
     if gradient is None or not gradient.any():
         raise UserError(

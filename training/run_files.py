@@ -183,7 +183,8 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
         if path:
             remedy = "pass --resume to continue that run, --overwrite to replace it, or another --output-dir"
             raise UsageError(f"{path} exists; {remedy}")
-        for path in (run.metrics, run.picture, *run.epoch_files()):
+        # a kill in the first epoch may leave its own file alone
+        for path in (run.metrics, run.picture, *([] if flags.resume else run.epoch_files())):
             if path.exists():
                 remedy = "pass --overwrite to replace it, or another --output-dir"
                 raise UsageError(f"{path} exists, without its checkpoint; {remedy}")
