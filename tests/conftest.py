@@ -74,6 +74,24 @@ def photographs(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture
+def users_file(tmp_path, monkeypatch):
+    """users_file(name, text) writes name.py into the current directory, as a user has it, and returns that folder;
+    the module is forgotten again afterwards."""
+    names = []
+
+    def write(name: str, text: str) -> Path:
+        (tmp_path / f"{name}.py").write_text(text)
+        names.append(name)
+        return tmp_path
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
 def run_script(script: str, *arguments, cwd: Path | None = None, check: int | None = 0) -> subprocess.CompletedProcess:
     """Run an entry script, or a module by its dotted name, in a process of its own; unless check is None, insist on
     that exit code."""

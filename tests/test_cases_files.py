@@ -1,7 +1,6 @@
 """Weight files and runs in the state that people leave them in, through the scripts; see also test_outside_model.py."""
 
 import signal
-import sys
 from collections import OrderedDict
 
 import pandas as pd
@@ -43,13 +42,9 @@ class Remembers(nn.Module):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(users_file):
     """The current directory, with nets.py in it."""
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    sys.modules.pop("nets", None)
+    return users_file("nets", NETS)
 
 
 def under(prefix: str, state: dict) -> OrderedDict:

@@ -143,13 +143,9 @@ def for_28():
 
 
 @pytest.fixture
-def brought(tmp_path, monkeypatch):
-    """brought.py in the current directory, as a user has it; forgotten again afterwards."""
-    (tmp_path / "brought.py").write_text(USER_FILE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    sys.modules.pop("brought", None)
+def brought(users_file):
+    """The current directory, with brought.py in it."""
+    return users_file("brought", USER_FILE)
 
 
 def train(name: str, capsys, *flags):

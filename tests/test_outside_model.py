@@ -76,13 +76,9 @@ number = 3
 
 
 @pytest.fixture
-def user_file(tmp_path, monkeypatch):
-    """my_models.py in the current directory, as a user has it; forgotten again afterwards."""
-    (tmp_path / "my_models.py").write_text(USER_FILE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    sys.modules.pop("my_models", None)
+def user_file(users_file):
+    """The current directory, with my_models.py in it."""
+    return users_file("my_models", USER_FILE)
 
 
 def build(arch: str, path=None, num_classes: int = 10) -> nn.Module:

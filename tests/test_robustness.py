@@ -211,12 +211,10 @@ def softmax(num_classes):
 
 
 @pytest.fixture
-def own_nets(photographs, tmp_path, monkeypatch) -> list:
+def own_nets(photographs, users_file) -> list:
     """Flags that name the photographs, in a folder with a user's my_nets.py."""
-    (tmp_path / "my_nets.py").write_text(MY_NETS)
-    monkeypatch.chdir(tmp_path)
-    yield ["--dataset", "imagefolder", "--data-dir", photographs, "--split", "test"]
-    sys.modules.pop("my_nets", None)
+    users_file("my_nets", MY_NETS)
+    return ["--dataset", "imagefolder", "--data-dir", photographs, "--split", "test"]
 
 
 def test_an_outside_model(own_nets, capsys):

@@ -44,10 +44,9 @@ class Rounded(nn.Module):
 
 
 @pytest.fixture
-def watched(photographs, tmp_path, monkeypatch, capsys):
+def watched(photographs, users_file, tmp_path, monkeypatch, capsys):
     """watched(folder, flags...) trains a small network into the folder; what it printed, or the folder's checkpoint."""
-    (tmp_path / "watched_net.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
+    users_file("watched_net", NETS)
     monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
     data = ["--dataset", "imagefolder", "--data-dir", photographs]
 
