@@ -156,9 +156,10 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
     try_forward(network, images, num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):
         check_training(network, images, num_classes, flags.model_arch)
-        network.register_forward_hook(lambda module, inputs, logits: logits.float())  # it may have autocast inside
     if flags.measure_curvature:
         check_model(network, to_pixels(data.test.images[:EXAMPLES_TO_CHECK]), num_classes, flags.model_arch)
+    if not isinstance(network, OUR_NETWORKS):  # after check_model, to which the logits' dtype tells their rounding
+        network.register_forward_hook(lambda module, inputs, logits: logits.float())  # it may have autocast inside
     if flags.bn_momentum:
         set_batchnorm_momentum(network, flags.bn_momentum)
     if flags.calibrate_batchnorm:

@@ -27,6 +27,7 @@ from models.model_selector import build_network, model_architecture
 from regularized_loss import CELoss
 from training.epoch import TrainingStep, build_optimizer, learning_rate, train_epoch
 from utils import cli
+from utils.errors import UsageError
 from utils.files import make_room
 from utils.numerics import seed_everything
 from utils.plots import new_figure, save_figure
@@ -85,6 +86,8 @@ def score(flags: argparse.Namespace) -> pd.DataFrame:
 
 def find(flags: argparse.Namespace) -> None:
     """Score, report, and write the rows and the picture."""
+    if flags.output.suffix != ".csv":
+        raise UsageError(f"--output {flags.output} must end in .csv; the picture goes beside it")
     picture = flags.output.with_suffix(".png")
     for path in (flags.output, picture):
         make_room(path)

@@ -5,7 +5,7 @@ import itertools
 import pandas as pd
 import pytest
 import torch
-from conftest import run_main
+from conftest import assert_one_line_error, run_main
 from test_curvature import dense_eigenvalues, examples, seeded, small_model
 from test_eigenvalues import Dense, random_symmetric
 
@@ -43,6 +43,11 @@ def test_of_a_network_against_its_dense_hessian():
         exact = dense_eigenvalues(model, x[i], y[i]).norm()
         assert (estimate.frobenius_norm[i] - exact).abs() < 4 * estimate.frobenius_norm_error[i]
         assert estimate.curvature_score[i] <= estimate.frobenius_norm[i]
+
+
+def test_rows_do_not_go_where_the_picture_goes(tmp_path, capsys):
+    result = run_main(label_errors, ["--output", tmp_path / "found.png"], capsys)
+    assert_one_line_error(result, 2, "found.png", "must end in .csv")
 
 
 @pytest.mark.long
