@@ -88,7 +88,7 @@ def call_with_num_classes(builder: Callable[..., nn.Module], num_classes: int):
 @contextmanager
 def torch_settings_kept() -> Iterator[None]:
     """What a module of the user's sets when it is imported, for its own scripts, is put back."""
-    device, cudnn = torch.get_default_device(), torch.backends.cudnn
+    device, threads, cudnn = torch.get_default_device(), torch.get_num_threads(), torch.backends.cudnn
     with ExitStack() as put_back:
         put_back.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         put_back.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -102,6 +102,8 @@ def torch_settings_kept() -> Iterator[None]:
         finally:
             if torch.get_default_device() != device:  # merely to set it slows every later call
                 torch.set_default_device(device)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
