@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-epochs", type=cli.positive_int, default=10, help="passes over the training split")
     parser.add_argument("--fraction", type=cli.fraction, default=0.05, help="of the labels are exchanged")
     parser.add_argument("--trace-probes", type=cli.positive_int, default=3, help="products an example and epoch")
-    parser.add_argument("--prng-seed", "--seed", type=cli.seed, default=1729, help="of everything")
+    cli.add_shared_flags(parser, cpu_only=True)
     return parser
 
 

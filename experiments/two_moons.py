@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="two_moons", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("two_moons.png"), metavar="FILE.png", help="the picture")
     parser.add_argument("--noise", type=cli.nonnegative_float, default=NOISE, help="standard deviation of the points")
-    parser.add_argument("--prng-seed", "--seed", type=cli.seed, default=1729, help="of everything")
+    cli.add_shared_flags(parser, cpu_only=True)
     return parser
 
 

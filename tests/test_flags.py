@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import math
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -19,9 +20,10 @@ import train_models
 from data import datasets as data_module
 from data.batches import Split
 from data.datasets import DatasetEntry, ImageData, resize
-from experiments import evaluate_robustness
+from experiments import compare_methods, evaluate_robustness, label_errors, two_moons
 from models import model_selector
 from models.layers import LCNN, SOFTPLUS, STANDARD, Layers, conv_norm
+from models.outside import build_outside_network
 
 NUMBERS = [
     "0",
@@ -166,11 +168,30 @@ def test_measure(script, few, tmp_path_factory, checkpoint):
     examine()
 
 
-def test_the_number_of_threads_is_set_and_put_back(monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        (train_models, "train"),
+        (estimate_curvature, "estimate"),
+        (evaluate_robustness, "evaluate"),
+        (compare_methods, "compare"),
+        (label_errors, "find"),
+        (two_moons, "draw"),
+    ],
+)
+def test_the_number_of_threads_is_set_and_put_back(script, command, monkeypatch, users_file):
+    """Whatever number the user's module sets when it is imported, for its own scripts."""
+    users_file("threads", "import torch\ntorch.set_num_threads(7)\ndef build(): return torch.nn.Flatten()\n")
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(estimate_curvature, "estimate", lambda flags: seen.append(torch.get_num_threads()))
+
+    def work(*_):
+        sys.modules.pop("threads", None)
+        build_outside_network("threads:build", 10, 16)
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(script, command, work)
     for more in ([], ["--num-threads", str(before + 1)]):
-        assert call(estimate_curvature, more)[0] == 0
+        assert call(script, more)[0] == 0
     assert seen == [before, before + 1]
     assert torch.get_num_threads() == before
 

@@ -92,11 +92,12 @@ def device(text: str) -> torch.device:
     return chosen
 
 
-def add_shared_flags(parser: argparse.ArgumentParser):
-    """--device and --seed, the same in every script; returns their group."""
+def add_shared_flags(parser: argparse.ArgumentParser, *, cpu_only: bool = False):
+    """--device, --num-threads and --seed, the same in every script; returns their group."""
     group = parser.add_argument_group("machine")
     flag = group.add_argument
-    flag("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
+    if not cpu_only:
+        flag("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
     threads = "CPU threads (default: torch's choice); one is often fastest for small networks"
     flag("--num-threads", type=positive_int, help=threads)
     flag("--prng-seed", "--prng_seed", "--seed", type=seed, default=1729, help="seed of everything random")
