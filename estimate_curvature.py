@@ -157,7 +157,7 @@ def estimate(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return cli.run(build_parser(), distributed.process_group()(estimate), argv)
+    return cli.run(build_parser(), distributed.process_group()(estimate), argv, shares_work=True)
 
 
 if __name__ == "__main__":

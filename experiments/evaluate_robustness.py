@@ -96,7 +96,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return cli.run(build_parser(), distributed.process_group()(evaluate), argv)
+    return cli.run(build_parser(), distributed.process_group()(evaluate), argv, shares_work=True)
 
 
 if __name__ == "__main__":

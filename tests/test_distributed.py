@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,9 +12,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_one_line_error, run_main
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import estimate_curvature
 import train_models
+from experiments import compare_methods, evaluate_robustness, label_errors, two_moons
 from models.checkpoint import read_checkpoint
 from tests.distributed_worker import gradients_of_every_loss
 
@@ -129,12 +132,26 @@ def test_a_refused_run_is_refused_once(photographs, tmp_path):
     assert "--overwrite" in result.stderr
 
 
-def test_srun_without_torchrun_is_refused(photographs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("script", [train_models, estimate_curvature, evaluate_robustness])
+def test_srun_without_torchrun_is_refused_with_the_line_to_use(script, nodes, monkeypatch, capsys):
+    """As torchrun itself reads that line."""
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_NNODES", str(nodes))
+    flags = ["--dataset", "imagefolder", "--data-dir", "a folder", "--seed", "3"]
+    result = run_main(script, flags, capsys)
+    assert_one_line_error(result, 2, "srun starts 4 processes", f"srun --nodes={nodes} --ntasks={nodes} ")
+    line = torchrun_parser().parse_args(shlex.split(result.stderr.split(" torchrun ")[1]))
+    assert (line.nnodes, line.nproc_per_node, line.standalone) == (str(nodes), str(4 // nodes), nodes == 1)
+    assert line.training_script.endswith(script.__name__ if line.module else f"/{script.__name__}.py")
+    assert line.training_script_args == flags
+
+
+@pytest.mark.parametrize("script", [compare_methods, label_errors, two_moons])
+def test_scripts_of_one_process_are_to_be_started_once(script, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    for script, flags in ((train_models, training_flags(photographs, tmp_path)), (estimate_curvature, ["--layers"])):
-        result = run_main(script, flags, capsys)
-        assert_one_line_error(result, 2, "srun starts 2 processes", "--ntasks-per-node=1", "torchrun")
-    assert not list(tmp_path.iterdir())
+    line = f"srun --nodes=1 --ntasks=1 python -m {script.__name__} --seed 3\n"
+    assert_one_line_error(run_main(script, ["--seed", "3"], capsys), 2, "srun starts 2 processes", line)
 
 
 @pytest.mark.parametrize("flag", ["--precision=tf32"])

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -13,6 +14,9 @@ from fractions import Fraction
 import torch
 
 from utils.errors import Terminated, UsageError, UserError, is_out_of_memory, one_line
+
+# by which one torchrun a machine finds the others of a SLURM job
+RENDEZVOUS = '--rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint="$(scontrol show hostnames | head -n1):29500"'
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -134,18 +138,44 @@ def sigterm_as_an_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def own_command(function: Callable, arguments: Sequence[str]) -> str:
+    """What goes behind "python" or "torchrun" to run the script that a function is of, with these arguments."""
+    module = sys.modules[function.__module__]
+    script = ["-m", module.__spec__.name] if module.__package__ else [module.__file__]
+    return shlex.join([*script, *arguments])
+
+
+def refuse_srun_alone(script: str, shares_work: bool) -> None:
+    """Raise UsageError, with the line to use instead, if srun starts several processes and no torchrun joins them."""
+    tasks, nodes = (int(os.environ.get(f"SLURM_{name}", 1)) for name in ("NTASKS", "NNODES"))
+    if tasks == 1 or "RANK" in os.environ:
+        return
+    line = f"srun --nodes=1 --ntasks=1 python {script}"
+    if shares_work:
+        line = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes={nodes} "
+        line += f"--nproc-per-node={-(-tasks // nodes)} {RENDEZVOUS if nodes > 1 else '--standalone'} {script}"
+    raise UsageError(f"srun starts {tasks} processes that do not know of each other; use: {line}")
+
+
 def run(
-    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
+    *,
+    shares_work: bool = False,
 ) -> int:
     """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C, 143
     for SIGTERM.
 
     An error a user can cause ends as one line on stderr. Others keep their traceback: they are ours to mend.
+    ``shares_work`` says that the processes of a torchrun share the command's work.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with sigterm_as_an_exception():
-            flags = parser.parse_args(argv)
-            with threads_of_torch(getattr(flags, "num_threads", None)):
+            flags = parser.parse_args(arguments)
+            refuse_srun_alone(own_command(command, arguments), shares_work)
+            with threads_of_torch(flags.num_threads):
                 command(flags)
         return 0
     except SystemExit as stop:  # --help

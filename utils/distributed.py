@@ -34,11 +34,6 @@ def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(day
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for what names no device: streams, graphs
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
-        raise UsageError(
-            f"srun starts {os.environ['SLURM_NTASKS']} processes that do not know of each other; give it "
-            "--ntasks-per-node=1 and let torchrun start them, as docs/training.md shows"
-        )
     if os.environ.get("WORLD_SIZE", "1") == "1" or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         yield
         return
