@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.process_group(flags.device, timeout=timedelta(minutes=30)):
             train(flags, arguments)
 
-    return cli.run(build_parser(), command, arguments)
+    return cli.run(build_parser(), command, arguments, shares_work=True)
 
 
 if __name__ == "__main__":
