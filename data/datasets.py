@@ -150,8 +150,9 @@ def load_imagefolder(data_dir: Path, size: int, download: bool) -> ImageData:
     test, test_classes = load_image_folder(data_dir / "test", size)
     if odd := sorted(set(train_classes) ^ set(test_classes)):
         raise UserError(f"imagefolder: train and test in {data_dir} must have the same classes; one lacks {odd[0]!r}")
-    if all(name.isdecimal() for name in train_classes) and train_classes != sorted(train_classes, key=int):
-        print(f"imagefolder: the classes are in the order of their names as text: {', '.join(train_classes)}")
+    with contextlib.suppress(ValueError):  # the names are not all integers
+        if train_classes != sorted(train_classes, key=int):
+            print(f"imagefolder: the classes are in the order of their names as text: {', '.join(train_classes)}")
     return ImageData(train, test, train_classes, flip=True)
 
 

@@ -157,7 +157,10 @@ def test_names_in_any_script(photographs, tmp_path, capsys):
     assert_one_line_error(run_main(train_models, flags, capsys), 1, "two\\nlines.png cannot be read")
 
 
-@pytest.mark.parametrize(("names", "printed"), [("0 1 10 2", True), ("00 01 10", False), ("0 1 a 10 2", False)])
+PRINTED = {"0 1 10 2": True, "-1 -10": True, "-1 0 1": False, "00 01 10": False, "0 1 a 10 2": False}
+
+
+@pytest.mark.parametrize(("names", "printed"), PRINTED.items())
 def test_numbered_classes_in_another_order_are_printed(tmp_path, capsys, names, printed):
     patch = Image.new("L", (4, 4))
     data = load_dataset("imagefolder", image_folder(tmp_path, {f"{name}/0.png": patch for name in names.split()}), 16)
