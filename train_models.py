@@ -116,11 +116,11 @@ def check_flags(flags: argparse.Namespace) -> None:
     check_precision(flags.precision, flags.device)
 
 
-def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
+def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
     Args:
-        arguments: the command line; if the run is interrupted, the one that goes on is printed.
+        arguments: the command line, if train_models.py is it; in an interruption, the one that goes on is printed.
 
     Raises:
         UserError: on flags, files or data that do not do; what was saved before stays.
@@ -138,7 +138,8 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> Path:
             else:
                 train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data, run)))
         except KeyboardInterrupt:
-            print(f"\n{how_to_go_on(arguments, start_again=run.replaces)}")
+            if arguments is not None:
+                print(f"\n{how_to_go_on(arguments, start_again=run.replaces)}")
             raise
     return run.checkpoint
 
