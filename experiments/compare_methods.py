@@ -9,6 +9,7 @@ Each run has a folder, <output-dir>/<method>/seed<k>/. After an interruption the
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,7 +197,16 @@ def compare(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return cli.run(build_parser(), compare, argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def command(flags: argparse.Namespace) -> None:
+        try:
+            compare(flags)
+        except KeyboardInterrupt:
+            print(f"\nto go on: {shlex.quote(sys.executable)} {cli.own_command(compare, arguments)}")
+            raise
+
+    return cli.run(build_parser(), command, arguments)
 
 
 if __name__ == "__main__":

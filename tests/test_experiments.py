@@ -1,6 +1,7 @@
 """The comparison of methods: killed, resumed and read back; and the two moons."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT, assert_one_line_error, run_main
 
 import estimate_curvature
+import train_models
 from experiments import compare_methods, two_moons
 from experiments.tables import write_tables
 
@@ -152,6 +154,15 @@ def test_a_run_that_fails_ends_the_comparison_in_one_line(photographs, tmp_path,
     assert_one_line_error(result, 1, "--batch-size")
     assert "[1/2] standard seed 1729" in result.stdout
     assert not compare_methods.finished_runs(tmp_path)
+
+
+def test_an_interrupted_comparison_prints_the_command_that_goes_on(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_models, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+    flags = tiny_comparison(photographs, tmp_path / "a folder", "--num-threads", "1")
+    result = run_main(compare_methods, flags, capsys)
+    assert (result.returncode, result.stderr) == (130, "compare_methods: interrupted\n")
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("to "))
+    assert shlex.split(line) == ["to", "go", "on:", sys.executable, "-m", "experiments.compare_methods", *flags]
 
 
 def test_the_rows_of_table_1_and_quick():
