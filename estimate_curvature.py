@@ -14,11 +14,11 @@ From Python:
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from curvature.eigenvalues import methods
 from curvature.estimate import estimate_curvature as estimate_curvature
@@ -51,8 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--tol", type=cli.nonnegative_float, default=1e-3, help="relative residual at which one is done")
     flag("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
     flag("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
-    probes = "products for the trace, and more"
-    flag("--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help=probes)
+    flag("--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the trace, and more")
     fold = "measure our networks with BatchNorm and spectral norm folded into the weights, faster (default: on)"
     flag("--fold", action=argparse.BooleanOptionalAction, default=True, help=fold)
 
@@ -84,10 +83,9 @@ def check_flags(flags: argparse.Namespace) -> None:
     if flags.top_k > flags.num_power_iter:
         raise UsageError(f"--top-k {flags.top_k} needs at least as many products: raise --num-power-iter")
     for path in output_files(flags):
-        if path == flags.output and path.suffix not in (".csv", ".json"):
-            raise UsageError(f"--output {path} must end in .csv or .json")
-        if path != flags.output and path.suffix != ".png":
-            raise UsageError(f"{path}: pictures are PNG, name a file that ends in .png")
+        suffixes = (".csv", ".json") if path == flags.output else (".png",)
+        if path.suffix not in suffixes:
+            raise UsageError(f"{path} must end in {' or '.join(suffixes)}")
     files = [path.resolve() for path in output_files(flags) + flags.compare]
     if len(set(files)) < len(files):
         raise UsageError("--output, --plot, --layers and --compare name the same file twice; each needs its own")
@@ -99,11 +97,8 @@ def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[pd.DataFram
     settings |= {"trace_probes": flags.trace_probes, "use_folding": flags.fold}
     print(f"{subject.name}: {subject.arch} on {subject.dataset}", flush=True)
     with prepared(subject.model, flags.fold) as network:
-
-        def columns(images: Tensor, labels: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
-            return estimate_curvature(network, images, labels, generator=generators, **settings).columns()
-
-        yield from for_examples(subject, flags, columns)
+        of_batch = partial(estimate_curvature, network, **settings)
+        yield from for_examples(subject, flags, lambda x, y, generators: of_batch(x, y, generator=generators).columns())
 
 
 def report_layers(subject: Subject, results: pd.DataFrame) -> LayerTable | None:
@@ -129,7 +124,6 @@ def estimate(flags: argparse.Namespace) -> None:
     for path in output_files(flags):
         make_room(path)
 
-    settings = {**vars(flags), "torch": torch.__version__}
     first = distributed.rank() == 0
     measured, layers = [], []
     for subject in subjects:
@@ -137,7 +131,7 @@ def estimate(flags: argparse.Namespace) -> None:
             print(format_summary(results), flush=True)
             measured.append(results)
             if flags.output and first:  # after each split: whatever happens later, this much is there
-                write_results(flags.output, pd.concat(measured), settings)
+                write_results(flags.output, pd.concat(measured), {**vars(flags), "torch": torch.__version__})
         if flags.layers and (table := report_layers(subject, pd.concat(measured))):
             layers.append((short_names(subject.name for subject in subjects)[subject.name], table))
 

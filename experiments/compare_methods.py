@@ -139,10 +139,9 @@ def check_same_settings(path: Path, settings: dict) -> None:
     for script, flags in settings.items():
         theirs = recorded.get(script, {})
         for name in [name for name in flags if theirs.get(name) != flags[name]]:
-            flag = f"--{name.replace('_', '-')} {theirs.get(name)}, not {flags[name]} ({script})"
-            difference = "on other data" if script == "data" else f"with {flag}"
-            remedy = "give the same flags, or another --output-dir"
-            raise UsageError(f"{path}: this comparison was started {difference}; {remedy}")
+            flag = f"with --{name.replace('_', '-')} {theirs.get(name)}, not {flags[name]} ({script})"
+            problem = f"{path}: this comparison was started {'on other data' if script == 'data' else flag}"
+            raise UsageError(f"{problem}; give the same flags, or another --output-dir")
 
 
 def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> None:

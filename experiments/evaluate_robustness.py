@@ -52,19 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError on flags that do not go together, UserError if AutoAttack is wanted and not there."""
+def evaluate(flags: argparse.Namespace) -> None:
+    """Examine, print, write and draw."""
     check_subject_flags(flags)
     for path, suffix in ((flags.output, ".csv"), (flags.plot, ".png")):
         if path and path.suffix != suffix:
             raise UsageError(f"{path} must end in {suffix}")
     if flags.autoattack:
         import_auto_attack()
-
-
-def evaluate(flags: argparse.Namespace) -> None:
-    """Examine, print, write and draw."""
-    check_flags(flags)
     subjects = load_subjects(flags)
     files = [flags.output, flags.output.with_suffix(".json")] if flags.output else []
     files += [flags.plot] if flags.plot else []

@@ -157,18 +157,12 @@ def refuse_srun_alone(script: str, shares_work: bool) -> None:
     raise UsageError(f"srun starts {tasks} processes that do not know of each other; use: {line}")
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    command: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None,
-    *,
-    shares_work: bool = False,
-) -> int:
+def run(parser: Parser, command: Callable, argv: Sequence[str] | None, *, shares_work: bool = False) -> int:
     """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C, 143
     for SIGTERM.
 
     An error a user can cause ends as one line on stderr. Others keep their traceback: they are ours to mend.
-    ``shares_work`` says that the processes of a torchrun share the command's work.
+    ``shares_work``: whether the processes of a torchrun share the command's work.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
