@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
     flag("--batch-size", type=cli.positive_int, default=128, help="examples per step")
     flag("--lr", type=cli.positive_float, default=0.1, help="initial learning rate; x 0.1 after 75%% and 87.5%%")
-    flag("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma")
+    flag("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma, a loss's own")
     flag("--momentum", type=cli.number(float, 0, 1), default=0.9, help="of SGD")
     for name, (default, explanation) in WEIGHTS.items():
         flag(f"--{name.replace('_', '-')}", type=cli.nonnegative_float, default=default, help=explanation)
