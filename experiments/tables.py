@@ -117,7 +117,8 @@ def describe(runs: list[Run], settings: dict) -> str:
         f"{training['model_arch'].removesuffix('lcnn')} on {training['dataset']} ({size} x {size}), "
         f"{training['num_epochs']} epochs, {seeds} seed{'' if max(counts) == 1 else 's'} a method, "
         f"torch {', '.join(versions)}. LCNN rows: --reg-beta {training['reg_beta']:g} --reg-gamma "
-        f"{training['reg_gamma']:g}; LCNN + GradReg: --reg-gnorm {training['reg_gnorm']:g}."
+        f"{training['reg_gamma']:g}; penalties on gradients: --reg-gnorm {training['reg_gnorm']:g}; --reg-warmup "
+        f"{training['reg_warmup']:g}."
     )
 
 

@@ -184,7 +184,7 @@ def test_the_rows_of_table_1_and_quick():
     }
     assert {(f.dataset, f.num_epochs, f.batch_size, f.lr) for f in plain.values()} == {("cifar100", 200, 128, 0.1)}
     assert {(f.reg_gnorm, f.reg_beta, f.reg_gamma) for f in plain.values()} == {(1e-3, 1e-3, 1e-3)}
-    assert {(f.dataset, f.calibrate_batchnorm) for f in rows("--quick").values()} == {("digits", True)}
+    assert {(f.dataset, f.reg_gnorm, f.reg_warmup) for f in rows("--quick").values()} == {("digits", 3e-2, 2.0)}
     overridden = rows("--reg-gnorm", "0.5", "--quick", "--num-epochs", "1", "--no-calibrate-batchnorm")
     assert {(f.reg_gnorm, f.num_epochs, f.calibrate_batchnorm) for f in overridden.values()} == {(0.5, 1, False)}
     flags = compare_methods.build_parser().parse_args(["--num-samples", "7", "--quick"])
