@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -78,7 +79,10 @@ def load_subjects(flags: argparse.Namespace) -> list[Subject]:
     def load_data(name: str, data_dir: str, image_size: int | None) -> ImageData:
         return load_dataset(name, data_dir, image_size, flags.download).to(flags.device)
 
-    subjects = [load_subject(path, flags, load_data) for path in dict.fromkeys(flags.model_filename or [None])]
+    paths = list(dict.fromkeys(flags.model_filename))
+    if paths == sorted(paths):  # as the shell lists them: _epoch2 is to come before _epoch10
+        paths.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)])
+    subjects = [load_subject(path, flags, load_data) for path in paths or [None]]
     for subject in subjects:
         if subject.dtype.itemsize < 4:
             print(f"{subject.name}: weights of {subject.dtype} are measured in float32")

@@ -78,6 +78,23 @@ def test_every_layout_is_measured_as_the_bare_weights_are(folder, capsys):
         pd.testing.assert_frame_equal(table.reset_index(drop=True), tables[0])
 
 
+@pytest.mark.parametrize(
+    ("order", "expected"), [(["1", "10", "2"], ["1", "2", "10"]), (["2", "1", "10"], ["2", "1", "10"])]
+)
+def test_files_that_a_shell_lists_come_in_the_order_of_their_numbers(order, expected, folder, capsys):
+    namespace = {}
+    exec(NETS, namespace)
+    for number in order:
+        torch.save(namespace["tiny"](10).state_dict(), folder / f"net_epoch{number}.pt")
+    flags = ["--model-arch", "nets:tiny", "--dataset", "digits", "--split", "test", "--num-samples", 1]
+    files = [f"net_epoch{number}.pt" for number in order]
+    result = run_main(estimate_curvature, [*flags, "--model-filename", *files, "--output", "all.csv"], capsys)
+    assert result.returncode == 0, result.stderr
+    assert list(pd.read_csv("all.csv")["model"]) == [f"net_epoch{number}.pt" for number in expected]
+    table = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("net_") and " test " in line]
+    assert table == [f"net_epoch{number}" for number in expected]
+
+
 def run_flags(photographs, folder, *flags) -> list:
     data = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--device", "cpu"]
     return [*data, "--lr", 0.01, "--batch-size", 12, "--output-dir", folder, *flags]
