@@ -65,7 +65,10 @@ def import_callable(model_arch: str) -> Callable[..., nn.Module]:
     """What "package.module:callable" names; UsageError if that cannot be imported or called."""
     module_name, _, attribute = model_arch.partition(":")
     problem = f"{model_arch}: cannot import {attribute!r} from {module_name!r}"
-    with explained(problem, "give package.module:callable, installed or in the current directory", UsageError):
+    remedy = "give package.module:callable, installed or in the current directory"
+    if module_name.endswith(".py") or "/" in module_name:
+        remedy = f"give {Path(module_name).stem}:{attribute}, in the folder that this file is in"
+    with explained(problem, remedy, UsageError):
         builder = attrgetter(attribute)(importlib.import_module(module_name))
     if isinstance(builder, nn.Module) or not callable(builder):  # a module is callable, but on images
         what = f"of type {type(builder).__name__}, not a function"
