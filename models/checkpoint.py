@@ -12,7 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -29,8 +29,21 @@ REQUIRED = {"model_arch": str, "dataset": str, "num_classes": int, "image_size":
 REQUIRED |= {"flags": dict, "epoch": int, "metrics": list, "model": dict}
 # where training scripts put a state_dict
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema", "ema")
-# segments of keys that wrappers of a network add: DataParallel, torch.compile, Lightning, ...
-WRAPPER_SEGMENTS = ("module", "_orig_mod", "model", "net")
+# segments of keys that wrappers of a network add: DataParallel, Lightning, ...; a layer may have these names, too
+WRAPPER_SEGMENTS = ("module", "model", "net")
+# torch.compile, DeepSpeed, FSDP, activation checkpointing, Opacus
+TORCH_SEGMENTS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module")
+# what is given in place of weights -> how its content starts
+FOREIGN = {
+    "a picture": rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|\s*<(svg|\?xml.*<svg)",
+    "a PDF document": rb"%PDF",
+    "a file of NumPy arrays": rb"\x93NUMPY|PK\x03\x04.{26}[^\0/]+\.npy",
+    "an HDF5 file": rb"\x89HDF",
+    "a compressed file": rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd",
+    "a web page": rb"(?i)\s*<(!doctype html|html)",
+    "a pointer that git lfs pull replaces by the file": rb"version https://git-lfs",
+    "a table of results": rb"(?!.*\0)(\s*[{\[]|[^\n]*[,;\t])",  # JSON, or text with a separator in its first line
+}
 EXTRA_STATE = "_extra_state"  # the end of the key of what a module's get_extra_state returned
 FITTING = "give the model, and the data set, that they were trained for"
 REMEDY = "use another copy of it, or save it with torch.save(model.state_dict(), file)"
@@ -89,17 +102,17 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
 
 def read_file(path: Path):
     """What torch.save or safetensors wrote at path, on the CPU: tensors and plain values only, or UserError."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the checkpoint in it, a .pt file")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, or a state_dict")
     with path.open("rb") as file:
         start = file.read(1000)
-    if start.startswith((b"\x89PNG", b"\xff\xd8\xff")):
-        raise UserError(f"{path} is a picture, not weights; give the checkpoint, a .pt file")
-    if start.lstrip().startswith((b"{", b"[")) or (b"," in start.partition(b"\n")[0] and b"\0" not in start):
-        remedy = "give it to --compare of estimate_curvature.py, or here the checkpoint, a .pt file"
-        raise UserError(f"{path} is a table of results, not weights; {remedy}")
+    if kind := next((kind for kind, pattern in FOREIGN.items() if re.match(pattern, start, re.DOTALL)), None):
+        remedy = "give it to --compare of estimate_curvature.py, or here" if kind == "a table of results" else "give"
+        raise UserError(f"{path} is {kind}, not weights; {remedy} the checkpoint, a .pt file")
     try:
-        if path.suffix == ".safetensors":
+        if start[4:9] == b"\0\0\0\0{":  # safetensors: the length of the header in 8 bytes, then the header, JSON
             from safetensors import torch as safetensors
 
             return safetensors.load_file(path)
@@ -142,14 +155,13 @@ def find_state_dict(content, path: str | Path) -> dict[str, Tensor]:
     """The state_dict in a file of other people's: bare, under a name, or one level deeper.
 
     The names in ``WRAPPERS`` come first, in that order. Under another name it must be the only one. A choice is
-    printed.
+    printed. Values that are no tensors, such as an epoch, are passed over, and that is printed, too.
 
     Raises:
         UserError: if there is none, or if there are several, all under other names; it tells them.
     """
-    found = dict(state_dicts(content))
-    if "" in found:
-        return content
+    plain_values = (int, float, str, type(None))
+    found = dict(state_dicts(content, plain_values)) or dict(state_dicts(content, object))
     if not found:
         raise UserError(f"{path}: holds no state_dict, and is no checkpoint of this program; {REMEDY}")
     usual = [names for names in found if set(names.split(".")) <= set(WRAPPERS)]
@@ -159,32 +171,38 @@ def find_state_dict(content, path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds weights under {candidates}; {remedy}")
     chosen = min(usual, key=lambda names: list(map(WRAPPERS.index, names.split("."))), default=min(found))
     others = " and ".join(repr(names) for names in found if names != chosen)
-    if others or not usual:
+    if others or (chosen and not usual):
         print(f"{path}: the weights under {chosen!r} are taken" + (others and f", not those under {others}"))
-    return found[chosen]
+    state = found[chosen]
+    passed = [key for key, value in state.items() if not isinstance(value, Tensor) and not key.endswith(EXTRA_STATE)]
+    if passed:
+        print(f"{path}: passed over, as no tensor: {', '.join(passed[:4])}{', ...' * (len(passed) > 4)}")
+    for key in passed:
+        del state[key]
+    return state
 
 
-def state_dicts(content, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+def state_dicts(content, beside, name: str = "") -> Iterator[tuple[str, dict]]:
     """The state_dicts in a dict, at most two levels down, each with the names that lead to it, joined by a dot."""
-    if is_state_dict(content):
+    if is_state_dict(content, beside):
         yield name, content
     elif isinstance(content, dict) and "." not in name:
         for key, inner in content.items():
             if isinstance(key, str):
-                yield from state_dicts(inner, f"{name}.{key}".lstrip("."))
+                yield from state_dicts(inner, beside, f"{name}.{key}".lstrip("."))
 
 
-def is_state_dict(content) -> bool:
-    """Whether it maps names to dense tensors with all of their numbers in the file; an extra state may be anything."""
+def is_state_dict(content, beside) -> bool:
+    """Whether it maps names to dense tensors with all of their numbers in the file, or to types that may be beside."""
 
-    def is_plain(key, value) -> bool:
-        if not isinstance(key, str) or key.endswith(EXTRA_STATE):
-            return isinstance(key, str)
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            return False
-        return value.nbytes <= value.untyped_storage().nbytes()
+    def is_plain(key: str, value) -> bool:
+        if not isinstance(value, Tensor):
+            return key.endswith(EXTRA_STATE) or isinstance(value, beside)
+        return value.layout == torch.strided and not value.is_meta and value.nbytes <= value.untyped_storage().nbytes()
 
-    return isinstance(content, dict) and len(content) > 0 and all(is_plain(*entry) for entry in content.items())
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        return False
+    return all(isinstance(key, str) and is_plain(key, value) for key, value in content.items())
 
 
 def build_model(checkpoint: dict, path: str | Path, model_arch=None, num_classes=None, image_size=None) -> nn.Module:
@@ -266,9 +284,9 @@ def fill_buffers(module: nn.Module, state: dict[str, Tensor]) -> None:
 def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, name: str) -> dict[str, Tensor]:
     """The state_dict under the names of the model's own, if only the segments of wrappers tell them apart.
 
-    As a layer of the model may itself be called "net", every choice of segments to do without is tried, and the first
-    that fits best is taken. AveragedModel's n_averaged is passed over. BatchNorm's num_batches_tracked may be missing,
-    as in old files.
+    As a layer of the model may itself be called "net", every choice of segments to do without is tried, also without
+    those that all keys begin with. The first that fits best is taken. AveragedModel's n_averaged is passed over.
+    BatchNorm's num_batches_tracked may be missing, as in old files.
 
     Raises:
         UserError: with the counts, and the first missing and the first unexpected key, if keys are left over.
@@ -277,13 +295,13 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
         return state
     keys = [key for key in state if key in own or not key.endswith("n_averaged")]
 
-    def pairs(segments: Iterable[str]) -> dict[str, str]:  # the model's key -> the file's
-        theirs, ours = bare_names(keys, segments), bare_names(own, segments)
+    def pairs(shared: bool, number: str, choice: Iterable[str]) -> dict[str, str]:  # the model's key -> the file's
+        theirs, ours = (bare_names(names, [*TORCH_SEGMENTS, number, *choice], shared) for names in (keys, own))
         return {key: theirs[bare] for bare, key in ours.items() if bare in theirs}
 
     sizes = range(len(WRAPPER_SEGMENTS) + 1)
     choices = [choice for size in sizes for choice in combinations(WRAPPER_SEGMENTS, size)]
-    found = max((pairs([*choice, number]) for number in ("", "0", "1") for choice in choices), key=len)
+    found = max((pairs(*attempt) for attempt in product((False, True), ("", "0", "1"), choices)), key=len)
     missing, used = [key for key in own if key not in found], set(found.values())
     unexpected = [key for key in keys if key not in used]
     if unexpected or not all(key.endswith("num_batches_tracked") for key in missing):
@@ -297,11 +315,11 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
     return {key: state[theirs] for key, theirs in found.items()}
 
 
-def bare_names(keys: Iterable[str], segments: Iterable[str]) -> dict[str, str]:
-    """Each key without these segments -> the key. A number in front goes, a Sequential's, if all keys have it."""
+def bare_names(keys: Iterable[str], segments: Iterable[str], shared: bool) -> dict[str, str]:
+    """Each key without these segments, and if shared without those that all keys begin with -> the key."""
     names = {re.sub(rf"(?<![^.])({'|'.join(segments)})\.", "", key): key for key in keys}
-    while len(numbers := {re.match(r"(\d+\.)?", name)[0] for name in names}) == 1 and any(numbers):
-        names = {name.removeprefix(*numbers): key for name, key in names.items()}
+    while shared and len(first := {re.match(r"([^.]+\.)?", name)[0] for name in names}) == 1 and any(first):
+        names = {name.removeprefix(*first): key for name, key in names.items()}
     return names
 
 

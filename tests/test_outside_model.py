@@ -1,11 +1,14 @@
 """Models of other people: named by module and function, with weights in files as training scripts leave them."""
 
+import gzip
+import io
 import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from models.checkpoint import build_model, read_checkpoint
@@ -111,8 +114,16 @@ def test_num_classes_goes_to_whoever_takes_it(user_file, function, classes):
     assert not any(module.training for module in model.modules())
 
 
+WRAPPERS = "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_module._orig_mod."
+FRONT = *WRAPPERS, "backbone.", "network.", "encoder.", "ema_model.module."
+
+
 def under(prefix: str, state: dict) -> dict:
     return {prefix + key: value for key, value in state.items()}
+
+
+def inside(wrapper: str, state: dict) -> dict:
+    return {key.replace(".", f".{wrapper}", 1): value for key, value in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,9 @@ def under(prefix: str, state: dict) -> dict:
         (lambda state: {"state_dict": under("model.", state), "hyper_parameters": {"lr": 0.1}}, "model.0.weight"),
         (lambda state: under("module._orig_mod.1.0.", state), "module._orig_mod.1.0.0.weight"),
         (lambda state: {key.replace(".", ".module.", 1): value for key, value in state.items()}, "0.module.weight"),
+        *((lambda state, wrapper=wrapper: under(wrapper, state), wrapper + "0.weight") for wrapper in FRONT),
+        *((lambda state, wrapper=wrapper: inside(wrapper, state), f"0.{wrapper}weight") for wrapper in WRAPPERS),
+        (lambda state: {"state_dict": under("module.backbone.", state)}, "module.backbone.0.weight"),
     ],
 )
 def test_weights_in_the_layouts_that_training_code_leaves(user_file, layout, example, capsys):
@@ -161,6 +175,10 @@ def test_layers_called_as_wrappers_are(user_file, prefix):
         (lambda state: {"last": {"weights": state}}, "the weights under 'last.weights' are taken\n"),
         (lambda state: {"ema": dict.fromkeys(state, ONE), "model": state}, "'model' are taken, not those under 'ema'"),
         (lambda state: {"best": dict.fromkeys(state, ONE), "net": {"ema": state}}, "'net.ema' are taken, not those"),
+        (lambda state: state | {"epoch": 3, "num_updates": 1000}, "passed over, as no tensor: epoch, num_updates\n"),
+        (lambda state: under("encoder.", state) | {"epoch": 3, "args": {"lr": 0.1}}, "as no tensor: epoch, args\n"),
+        (lambda state: {"best": 0 * ONE, "model": state | {"arch": "x", "ema": None}}, "as no tensor: arch, ema\n"),
+        (lambda state: {"model": state | {"epoch": 3}, "ema": state}, "'model' are taken, not those under 'ema'\n"),
     ],
 )
 def test_which_weights_of_a_file_are_taken_is_said(user_file, layout, said, capsys):
@@ -214,12 +232,14 @@ def test_safetensors(user_file):
     assert torch.equal(build("my_models:ten", user_file / "weights.safetensors")[0].weight, trained[0].weight)
     (user_file / "cut.safetensors").write_bytes((user_file / "weights.safetensors").read_bytes()[:-1])
     refused("cut.safetensors: not readable weights .SafetensorError", "my_models:ten", user_file / "cut.safetensors")
+    renamed = (user_file / "weights.safetensors").rename("renamed.pt")
+    assert torch.equal(build("my_models:ten", renamed)[0].weight, trained[0].weight)
 
 
 def test_safetensors_without_the_package(user_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    (user_file / "weights.safetensors").touch()
-    refused("pip install safetensors", "my_models:ten", user_file / "weights.safetensors")
+    (user_file / "weights.pt").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    refused("pip install safetensors", "my_models:ten", user_file / "weights.pt")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +250,8 @@ def test_safetensors_without_the_package(user_file, monkeypatch):
         ("broken:model", 2, "cannot import .*SyntaxError"),
         ("script:model", 2, "cannot import .*SystemExit: 0"),
         ("my_models:absent", 2, "has no attribute 'absent'"),
+        ("my_models.py:Small", 2, "; give my_models:Small, in the folder that this file is in"),
+        ("./my_models.py:Small", 2, "; give my_models:Small, in the folder that this file is in"),
         ("my_models:", 2, "has no attribute ''"),
         ("my_models:number", 2, "of type int, not a function"),
         ("my_models:instance", 2, "of type Small, not a function"),
@@ -249,6 +271,7 @@ def test_files_that_hold_no_fitting_weights(user_file):
     state = build("my_models:ten").state_dict()
     renamed = {"b" if key == "0.bias" else key: value for key, value in state.items()}
     normalized = {"0.mean": ONE, "0.std": ONE} | under("1.module.", state)
+    odd_one = under("a.", {"5.x" if key == "5.weight" else key: value for key, value in state.items()})
     fitting = r"odd\.pt: the weights do not fit my_models:ten with 10 classes"
     for words, content in (
         ("holds no state_dict", {}),
@@ -259,6 +282,8 @@ def test_files_that_hold_no_fitting_weights(user_file):
         ("the Python class or function my_models.Small", build("my_models:Small")),
         ("a TorchScript archive.*torch.jit.load", torch.jit.script(build("my_models:ten"))),
         ("0 keys of the model missing, 2 unexpected; first unexpected 0.mean.; give the model", normalized),
+        ("1 keys of the model missing, 1 unexpected; first missing 5.weight; first unexpected a.5.x", odd_one),
+        ("size mismatch", under("backbone.", state | {"5.weight": torch.zeros(10, 9)})),
         ("1 unexpected; first unexpected module._extra_state", under("module.", state | {"_extra_state": None})),
         (r"1 keys of the model missing, 1 unexpected; first missing 0.bias; first unexpected b", renamed),
         (fitting, {key: value for key, value in state.items() if key != "5.weight"}),
@@ -267,15 +292,41 @@ def test_files_that_hold_no_fitting_weights(user_file):
         assert refused(words, "my_models:ten", save(user_file / "odd.pt", content)) == 1
 
 
+def image(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, kind)
+    return file.getvalue()
+
+
+def arrays(save) -> bytes:
+    file = io.BytesIO()
+    save(file, np.zeros(3))
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"model,split,index\n\xc3\xa4.pt,test,1\n", "a table of results.*--compare"),
         (b'{\n "settings": {}}', "a table of results.*--compare"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a picture"),
+        (b"model\tsplit\n", "a table of results.*--compare"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture"),
+        (image("GIF"), "a picture"),
+        (image("WEBP"), "a picture"),
+        (image("BMP"), "a picture"),
+        (image("TIFF"), "a picture"),
+        (b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg>', "a picture"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (arrays(np.save), "a file of NumPy arrays"),
+        (arrays(np.savez), "a file of NumPy arrays"),
+        (arrays(np.savez_compressed), "a file of NumPy arrays"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (gzip.compress(b"weights", mtime=0), "a compressed file"),
+        (b"\n<!DOCTYPE html><title>Not found, sorry</title>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer that git lfs pull replaces"),
     ],
 )
-def test_files_of_results_are_named_as_such(user_file, content, words):
+def test_files_that_are_no_weights_are_named_as_what_they_are(user_file, content, words):
     (user_file / "x.pt").write_bytes(content)
     refused(f"x.pt is {words}.*the checkpoint, a .pt file", "my_models:ten", user_file / "x.pt")
