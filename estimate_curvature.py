@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--output", type=Path, metavar="FILE", help=rows)
     flag("--plot", type=Path, metavar="FILE.png", help="draw the distributions over examples")
     flag("--compare", type=Path, nargs="+", default=[], metavar="FILE", help="earlier --output files to set beside")
-    layers = "low-curvature networks layer by layer, with the curvature bound; with a file also a picture"
+    layers = "our low-curvature networks layer by layer, with the curvature bound; with a file also a picture"
     flag("--layers", nargs="?", type=Path, const=True, metavar="FILE.png", help=layers)
 
     cli.add_shared_flags(parser)
