@@ -10,6 +10,7 @@ At the end of this file, one line in ``WEIGHTS`` makes a flag of a weight, and o
 its name on the command line. The README's section "Writing your own loss" has a complete example.
 """
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bound import log_curvature_bound
-from models.layers import BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d
+from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
+from utils.errors import UsageError
 
 # G = 1e5 / 128^2 * mean_i ||grad_x l_i||^2: the reference's 1e5 * sum ||grad_x L||^2 / N at its batch size N = 128, but
 # with per-example losses in place of their batch mean L, so that the penalty does not change with the batch size.
@@ -45,6 +47,8 @@ def input_gradient(losses: Tensor, input: Tensor) -> Tensor:
     Raises:
         ValueError: unless there is one loss an example. The gradient of a batch mean is N times too small.
     """
+    if not isinstance(losses, Tensor):
+        raise ValueError(f"losses of type {type(losses).__name__}; give a tensor, (N,), one for each example")
     if losses.shape != input.shape[:1]:
         raise ValueError(f"losses of shape {tuple(losses.shape)} for {len(input)} examples; give one for each, (N,)")
     return torch.autograd.grad(losses.sum(), input, create_graph=True)[0]
@@ -82,18 +86,23 @@ def require_curvature_parameters(model: nn.Module) -> None:
         )
 
 
-def require_third_derivatives(model: nn.Module) -> None:
-    """Raise ValueError if the model has a layer whose third derivative PyTorch refuses or gets wrong.
+def require_third_derivatives(losses: Tensor) -> None:
+    """Raise UsageError if a layer in the tensor's graph has a third derivative that PyTorch refuses or gets wrong.
 
     Its BatchNorm, InstanceNorm and LayerNorm take statistics from their input, and hold them constant from the third
-    derivative on: https://github.com/pytorch/pytorch/issues/186256, .../175754. Newer versions raise an error.
+    derivative on: https://github.com/pytorch/pytorch/issues/186256, .../175754. Newer versions raise an error for some.
     """
-    theirs = (nn.modules.batchnorm._NormBase, nn.LayerNorm)  # _NormBase: BatchNorm and InstanceNorm
-    for name, module in model.named_modules():
-        if isinstance(module, theirs) and not isinstance(module, (BatchNorm2d, LipschitzBatchNorm2d)):
-            raise ValueError(
-                f"PyTorch's {type(module).__name__} ({name}) cannot be differentiated three times in training; give "
-                "a network of ours or --lcnn, which replaces BatchNorm2d, or normalize by GroupNorm"
+    nodes, seen = [losses.grad_fn], {None}
+    while nodes:
+        if (node := nodes.pop()) in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        theirs = re.match("(Native|Cudnn|Miopen|Sync)(Batch|Layer)NormBackward", node.name())
+        if theirs and getattr(node, "_saved_training", True):  # BatchNorm in eval mode has constants
+            raise UsageError(
+                "PyTorch's BatchNorm, InstanceNorm and LayerNorm cannot be differentiated three times in training; "
+                "give a network of ours or --lcnn, which replaces BatchNorm2d, or normalize by GroupNorm"
             )
 
 
@@ -245,17 +254,17 @@ class HessianLoss(CELoss):
     differentiated, the loss a third time.
 
     Raises:
-        ValueError: if the model has a layer that cannot be differentiated three times in training.
+        UsageError: by compute_loss, if the model has a layer that cannot be differentiated three times in training.
     """
 
     def __init__(self, model: nn.Module, reg_constant: float = 1e-4):
-        require_third_derivatives(model)
         super().__init__(model)
         self.reg_constant = reg_constant
 
     def compute_loss(self, input: Tensor, target: Tensor) -> Tensor:
         input = with_input_gradient(input)
         losses = self.losses(input, target)
+        require_third_derivatives(losses)
         gradient = input_gradient(losses, input)
         v = F.normalize(torch.randn_like(gradient).flatten(1)).view_as(gradient)
         (product,) = torch.autograd.grad(gradient, input, v, create_graph=True)

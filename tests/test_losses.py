@@ -180,6 +180,9 @@ def test_a_batch_mean_is_no_loss_of_each_example(model):
     x.requires_grad_()
     with pytest.raises(ValueError, match=r"losses of shape \(\) for 3 examples; give one for each"):
         gradnorm_penalty(F.cross_entropy(model(x), y), x)
+    for losses in ([1.0, 2.0, 3.0], 1.0):
+        with pytest.raises(ValueError, match=rf"losses of type {type(losses).__name__}; give a tensor"):
+            gradnorm_penalty(losses, x)
 
 
 def test_gradient_norm_on_a_linear_model_is_known():

@@ -13,6 +13,7 @@ from models.functional import AffineBatchNorm, ScaledBatchNorm, centered_softplu
 from models.layers import BatchNorm2d, CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import build_network
 from regularized_loss import HessianLoss
+from utils.errors import UsageError
 
 
 def scaled(x, scale):
@@ -59,6 +60,8 @@ def lively(norm: LipschitzBatchNorm2d) -> LipschitzBatchNorm2d:
 
 
 LAYERS = {
+    "PyTorch's GroupNorm": lambda: nn.GroupNorm(3, 3),
+    "PyTorch's RMSNorm": lambda: nn.RMSNorm(4),
     "BatchNorm2d": lambda: BatchNorm2d(3),
     "LipschitzBatchNorm2d": lambda: lively(LipschitzBatchNorm2d(3)),
     "affine LipschitzBatchNorm2d": lambda: lively(LipschitzBatchNorm2d(3, affine=True)),
@@ -133,14 +136,43 @@ def test_the_term_is_that_of_dense_hessians():
     assert total.item() == pytest.approx(F.cross_entropy(model(x), y).item() + 0.1 * expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm2d(2), nn.SyncBatchNorm(2), nn.InstanceNorm2d(2), nn.LayerNorm(2)])
+class Function(nn.Module):
+    """A layer that is no module of PyTorch's, as networks of others have it."""
+
+    def __init__(self, function, *arguments):
+        super().__init__()
+        self.function, self.arguments = function, arguments
+
+    def forward(self, x):
+        return self.function(x, *self.arguments)
+
+
+def loss_through(layer: nn.Module) -> torch.Tensor:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.Flatten(), nn.Linear(48, 3))
+    return HessianLoss(model).compute_loss(torch.rand(2, 3, 4, 4), torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(3),
+        nn.InstanceNorm2d(3),
+        nn.LayerNorm(4),
+        Function(F.layer_norm, [3, 4, 4]),
+        Function(F.instance_norm),
+        Function(F.batch_norm, None, None, None, None, True),
+    ],
+)
 def test_layers_of_pytorchs_that_hold_statistics_constant_are_refused(layer):
     """It refuses the third derivative of some of them, or gives a wrong one, depending on the version."""
-    kind = type(layer).__name__
-    with pytest.raises(ValueError, match=rf"{kind} \(0.1\) cannot be differentiated three times .*--lcnn"):
-        HessianLoss(nn.Sequential(nn.Sequential(nn.ReLU(), layer)))
+    with pytest.raises(UsageError, match=r"Norm cannot be differentiated three times in training; .*--lcnn"):
+        loss_through(layer)
+
+
+def test_a_batchnorm_whose_statistics_are_constants_is_accepted():
+    loss_through(Function(F.batch_norm, torch.zeros(3), torch.ones(3)))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11lcnn", "resnet18softplus", "vgg11lowbeta"])
 def test_our_networks_are_accepted(arch):
-    HessianLoss(build_network(arch, 3, 16))
+    HessianLoss(build_network(arch, 3, 16).train()).compute_loss(torch.rand(2, 3, 16, 16), torch.tensor([0, 2]))
