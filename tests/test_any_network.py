@@ -108,7 +108,7 @@ def test_mobilenet_needs_lcnn_for_the_gradient_penalty(photographs, tmp_path, ca
         (["--model-arch", "resnet18", "--lcnn"], 2, ["--lcnn is for", "resnet18lcnn"]),
         (["--model-arch", "no_such_net"], 2, ["neither package.module:callable nor one of resnet18"]),
         (["--model-arch", RESNET, "--regularizer", "curvature"], 2, ["trainable beta or gamma"]),
-        (["--model-arch", RESNET, "--regularizer", "hessian"], 2, ["BatchNorm2d (bn1)", "three times", "--lcnn"]),
+        (["--model-arch", RESNET, "--regularizer", "hessian"], 2, ["PyTorch's BatchNorm", "three times", "--lcnn"]),
         (["--model-arch", RESNET, "--lcnn", "--regularizer", "curvature_bound"], 2, ["not a low-curvature network of"]),
         (["--model-arch", "resnet18", "--beta-weight-decay", "0.1"], 2, ["--beta-weight-decay needs"]),
         (["--model-arch", "torch.nn:Identity"], 1, ["gives torch.float32 (2, 3, 32, 32)"]),
