@@ -116,21 +116,23 @@ class DoubleBackwardHessian(InputHessian):
 
     @torch.enable_grad()
     def _build_graph(self, images: Tensor, labels: Tensor) -> Tensor:
+        self._gradient = None  # an old graph goes before the new one comes
         self._at = images.detach().clone().requires_grad_()
         # fused attention has no second derivative; clone and dtype as above
         with sdpa_kernel(SDPBackend.MATH), LowestPrecision() as precision:
             logits = self._model(self._at.clone()).to(self._at.dtype)
         self.eps, self._labels = precision.eps, labels
         check_labels(labels, logits)
-        if not logits.requires_grad:
+        if logits.requires_grad:  # maybe that of a layer of no module, behind a detach
+            residual = CrossEntropyGradient.apply(logits, labels)
+            (self._gradient,) = torch.autograd.grad(logits, self._at, residual, create_graph=True, allow_unused=True)
+        if self._gradient is None:
             raise ValueError("the logits carry no gradient; remove any no_grad or detach from the model's forward")
-        residual = CrossEntropyGradient.apply(logits, labels)
-        (self._gradient,) = torch.autograd.grad(logits, self._at, residual, create_graph=True, materialize_grads=True)
         self._rows = torch.arange(len(images), device=images.device)
         return logits.detach()
 
     def product(self, v):
-        if not self._gradient.requires_grad:  # logits that do not depend on the pixels
+        if not self._gradient.requires_grad:  # of logits that are rounded, say
             return torch.zeros_like(v)
         if len(v) < len(self._at):
             v = torch.zeros_like(self._at).index_copy_(0, self._rows, v)
@@ -141,7 +143,6 @@ class DoubleBackwardHessian(InputHessian):
         self._rows = self._rows[keep]
         # a new graph costs about a product: worth it once a quarter of the old one is idle
         if 0 < len(self._rows) <= 0.75 * len(self._at):
-            self._gradient = None  # the old graph goes before the new one comes
             self._build_graph(self._at[self._rows], self._labels[self._rows])
 
 

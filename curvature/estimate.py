@@ -3,6 +3,7 @@
 Here the parts come together: derivatives.py has the products, eigenvalues.py what is done with them.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def prepared(model: nn.Module | FoldedNetwork, use_folding: bool = True) -> Iter
         if isinstance(model, FoldedNetwork):
             yield model
             return
+        if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+            model = copy.deepcopy(model)  # as made in torch.inference_mode, see estimate_curvature
         with frozen_in_eval(model):
             yield (fold(model) if use_folding else None) or model
 

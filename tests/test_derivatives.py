@@ -210,3 +210,21 @@ def test_models_beyond_convolutions():
     ahead, behind = (DoubleBackwardHessian(model, x + s * v, y).gradient for s in (step, -step))
     # central differences: an error of step^2, and of eps / step = 1e-11 from rounding
     torch.testing.assert_close(hessian.product(v), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-9)
+
+
+def test_a_gradient_that_is_not_of_the_pixels_is_none():
+    """A layer behind a detach that is in a plain list, so that nothing freezes it."""
+    layers, model = [nn.Linear(48, 5).double()], nn.Identity()
+    model.forward = lambda x: layers[0](x.detach().flatten(1))
+    with pytest.raises(ValueError, match="carry no gradient; remove any no_grad or detach"):
+        DoubleBackwardHessian(model, *examples(2, size=4))
+
+
+@pytest.mark.parametrize("use_folding", [True, False])
+def test_a_network_made_in_inference_mode_is_measured_as_any_other(use_folding):
+    with torch.inference_mode():
+        model = lively("resnetlcnn")
+    x, y = examples(2, size=8)
+    with prepared(model, use_folding) as network, prepared(lively("resnetlcnn"), use_folding) as expected:
+        found, expected = (input_hessian(each, x, y).product(x) for each in (network, expected))
+    assert torch.equal(found, expected)
