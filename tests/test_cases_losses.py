@@ -181,6 +181,7 @@ def test_a_resumed_run_is_bit_identical(make, photographs, tmp_path):
     first = network(2, 16).state_dict()
     if make in (UncertaintyLoss, CombinedLoss):
         prefix = "part." if make is CombinedLoss else ""
+        assert own.keys() == {f"{prefix}log_vars.0", f"{prefix}log_vars.1"}  # not the part's network
         assert own[f"{prefix}log_vars.0"] * own[f"{prefix}log_vars.1"] != 0
         assert [row["weight"] for row in rows] == pytest.approx([1e-3 * 2 / 3, 1e-3, 1e-3])
     elif make is ClassWeightLoss:
@@ -269,6 +270,16 @@ class LateLoss(CELoss):
         return super().compute_loss(input, target)
 
 
+class LateWeightLoss(CELoss):
+    """Its weight is made in the first step; the images and what is computed from them may be kept."""
+
+    def compute_loss(self, input, target):
+        self.kept = {"input": with_input_gradient(input)}
+        self.kept["logits"] = self.model(self.kept["input"])
+        self.weights = getattr(self, "weights", [torch.ones(3, requires_grad=True)])
+        return super().compute_loss(input, target) + self.weights[0].sum() * self.kept["logits"].square().mean()
+
+
 class PlainLoss:
     def __init__(self, model):
         self.model, self.log_vars = model, torch.zeros(2, requires_grad=True)
@@ -286,6 +297,7 @@ class ConstantLoss(CELoss):
         (PlainLoss, 2, ["PlainLoss must extend CELoss"]),
         (lambda m: hidden_in(CELoss(m), s=torch.ones(1, requires_grad=True)), 2, ["CELoss", " s;", "nn.Parameter"]),
         (LateLoss, 1, ["LateLoss.compute_loss creates average.body.0.bias", "constructor"]),
+        (LateWeightLoss, 1, ["LateWeightLoss.compute_loss creates weights[0], neither trained nor resumed"]),
         (ConstantLoss, 1, ["ConstantLoss.compute_loss returned a tensor that depends on no parameter"]),
     ],
 )

@@ -106,6 +106,10 @@ class CompiledForward(Tiny):
     def forward(self, x):
         return super().forward(x)
 
+class CompiledPart(Tiny):
+    def forward(self, x):
+        return super().forward(torch.compile(F.softplus, backend="aot_eager")(x))
+
 def frozen(num_classes):
     return Tiny(num_classes).requires_grad_(False)
 
@@ -200,6 +204,7 @@ REFUSED = {
     "LazyInTraining": "does not initialize the lazy auxiliary.weight; give that layer its sizes",
     "meta": "meta device",
     "inplace": "inplace=False",
+    "CompiledPart": "leave torch.compile out of it",
     "CompiledForward": "leave torch.compile out of it",
 }
 

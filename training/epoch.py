@@ -81,10 +81,11 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in (first, second))
 
 
-def unregistered(loss: CELoss) -> list[str]:
+def unregistered(loss: CELoss, batch_size: int | None = None) -> list[str]:
     """Where a loss keeps modules, or tensors that require a gradient, that nn.Module does not know as its own.
 
-    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not.
+    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not. After a step
+    on ``batch_size`` examples, what was computed is passed over, and so are leaves of that length: the images, say.
     """
     known = {id(part) for part in (*loss.parameters(), *loss.modules())}
 
@@ -93,8 +94,9 @@ def unregistered(loss: CELoss) -> list[str]:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from hidden(f"{name}[{key!r}]", item)
         elif id(value) not in known:
+            trained = isinstance(value, Tensor) and value.requires_grad and value.shape[:1] != (batch_size,)
             # what a submodule computed from its parameters, as the old weight_norm does, is no leaf
-            trained = isinstance(value, Tensor) and value.requires_grad and (value.is_leaf or "." not in name)
+            trained = trained and (value.is_leaf or (batch_size is None and "." not in name))
             if trained or isinstance(value, nn.Module):
                 yield name
 
@@ -104,6 +106,13 @@ def unregistered(loss: CELoss) -> list[str]:
         for name in own.keys() - vars(nn.Module()).keys():
             found += hidden(f"{path}.{name}".lstrip("."), own[name])
     return sorted(found)
+
+
+def own_state(loss: CELoss) -> dict:
+    """The loss's own entries of its state_dict: all but the network's, which the losses in it may have again."""
+    network = set(loss.model.modules())
+    shared = tuple(f"{path}." for path, part in loss.named_modules(remove_duplicate=False) if part in network)
+    return {name: value for name, value in loss.state_dict().items() if not name.startswith(shared)}
 
 
 class TrainingStep:
@@ -116,37 +125,35 @@ class TrainingStep:
 
     def __init__(self, loss: CELoss):
         equalize(loss)
-        self.loss, self.keys = loss, loss.state_dict().keys()
+        self.loss, self.keys = loss, own_state(loss).keys()
         # a buffer that is None may be filled later
         self.keys |= {f"{path}.{name}".lstrip(".") for path, m in loss.named_modules() for name in m._buffers}
         self.names: list[str] | None = None  # of the loss's terms
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
         total, terms = self.loss(images, labels), self.loss.terms
-        self.check(total, terms)
+        self.check(total, terms, len(images))
         (total * weight).backward()
         sum_gradients(self.loss)
         if all(parameter.grad is None for parameter in self.loss.parameters()):
             self.refuse(f"returned a tensor that depends on no parameter; {MINIMIZED}")
         return {"train_loss": total.detach(), **terms}
 
-    def check(self, total: Tensor, terms: dict[str, Tensor]) -> None:
+    def check(self, total: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
         """Raise UserError unless the loss is something to minimize, with terms that can be columns of the metrics.
 
         Nor may the first step make state of the loss: the optimizer and --resume would not know it.
         """
-        created = ()
-        if self.names is None:
-            self.names, created = list(terms), self.loss.state_dict().keys() - self.keys
         if not isinstance(total, Tensor):
             self.refuse(f"returned a {type(total).__name__}; {MINIMIZED}")
         if total.ndim:
             self.refuse(f"returned a tensor of shape {tuple(total.shape)}; {MINIMIZED}")
         if not total.requires_grad:
             self.refuse(f"returned a tensor without gradient; {MINIMIZED}")
-        if created := [key for key in created if not key.startswith("model.")]:
-            remedy = "create it in the constructor"
-            self.refuse(f"creates {min(created)}, which would be neither trained nor resumed; {remedy}")
+        if self.names is None:
+            self.names = list(terms)
+            if created := sorted(own_state(self.loss).keys() - self.keys) + unregistered(self.loss, batch_size):
+                self.refuse(f"creates {created[0]}, neither trained nor resumed; create it in the constructor")
         if taken := [name for name in terms if name in COLUMNS]:
             self.refuse(f"sets metadata in which {taken[0]!r} is a column of the metrics already; rename it")
         if list(terms) != self.names:
@@ -233,7 +240,7 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
 # what PyTorch's refusal says -> what may help
 REMEDIES = {
     "deterministic": "--no-strong-determinism-wanted may help",
-    "was compiled": "leave torch.compile out of it",
+    "compile": "leave torch.compile out of it",
     "leaf Variable that requires grad": "change its input nowhere in place: inplace=False in the first layer",
     "used in the graph": "remove any no_grad or detach from its forward",
 }

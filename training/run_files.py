@@ -14,7 +14,7 @@ import torch
 from data.datasets import ImageData, datasets
 from models.checkpoint import fill_buffers, load_weights, read_checkpoint, save_checkpoint
 from regularized_loss import CELoss
-from training.epoch import load_optimizer_state
+from training.epoch import load_optimizer_state, own_state
 from utils import distributed
 from utils.errors import UsageError, UserError, one_line
 from utils.files import make_room, remove_leftovers, write_atomically
@@ -219,11 +219,6 @@ def check_resumable(path: Path, saved: dict) -> None:
         raise UserError(f"{path}: its metrics are not those of {epoch} epochs; start again, with --overwrite")
 
 
-def own_state(loss: CELoss) -> dict:
-    """The loss's own entries of its state_dict: all but the network's."""
-    return {name: value for name, value in loss.state_dict().items() if not name.startswith("model.")}
-
-
 def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
     """Put back what the run that goes on has saved; returns its metrics, one dict per epoch."""
     if not run.saved:
@@ -233,7 +228,8 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
     own = run.saved.get("loss", {})
     try:
         fill_buffers(loss, own)
-        loss.load_state_dict({f"model.{name}": value for name, value in loss.model.state_dict().items()} | own)
+        state, of_loss = loss.state_dict(), own_state(loss)
+        loss.load_state_dict({name: state[name] for name in state.keys() - of_loss.keys()} | own)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
         raise UserError(f"{problem}; start again, with --overwrite") from error
