@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--weight-decay", type=cli.nonnegative_float, default=5e-4, help="not on log beta, log gamma, a loss's own")
     flag("--momentum", type=cli.number(float, 0, 1), default=0.9, help="of SGD")
     for name, (default, explanation) in WEIGHTS.items():
+        explanation = explanation.replace("%", "%%")  # or argparse would format it
         flag(f"--{name.replace('_', '-')}", type=cli.nonnegative_float, default=default, help=explanation)
     growing = "the penalties' weights grow from 0 in the first epoch to their full size after so many"
     flag("--reg-warmup", type=cli.nonnegative_float, default=0.0, metavar="EPOCHS", help=growing)
@@ -134,6 +135,8 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
                 run.check_data(data)
             if run.is_finished:
                 print(f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}")
+                if remark := run.saved.get("remark"):
+                    print(remark)
                 write_report(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
             else:
                 train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data, run)))
@@ -157,6 +160,8 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
     try_forward(network, images, num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):
         check_training(network, images, num_classes, flags.model_arch)
+        # old weight_norm keeps a weight with a graph, which a loss could not copy: in eval mode it computes one without
+        try_forward(network, images, num_classes, flags.model_arch)
     if flags.measure_curvature:
         check_model(network, to_pixels(data.test.images[:EXAMPLES_TO_CHECK]), num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):  # after check_model, to which the logits' dtype tells their rounding
@@ -197,11 +202,12 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
         metrics.append(train_one_epoch(flags, epoch, data, step, optimizer))
         if distributed.rank() == 0:
-            run.record(metrics, loss, optimizer)
+            remark = remark_on_chance(metrics[-1], data)
+            run.record(metrics, loss, optimizer, remark)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
+            if remark and epoch in (3, flags.num_epochs):  # time to learn something, and to stop what learns nothing
+                print(remark, flush=True)
     write_report(run, metrics, loss.model)
-    if remark := remark_on_chance(metrics[-1], data):
-        print(remark)
     print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
 
 

@@ -1,5 +1,6 @@
 """Networks as people bring them: each is trained, resumed and measured, or one line says what is wrong."""
 
+import copy
 import sys
 
 import pandas as pd
@@ -13,6 +14,7 @@ from curvature.estimate import estimate_curvature as estimate
 from experiments import evaluate_robustness
 from models.checkpoint import load_model
 from models.outside import build_outside_network, check_training
+from regularized_loss import CELoss, regularizers
 
 USER_FILE = """
 import torch
@@ -192,6 +194,21 @@ def test_trained_and_measured(brought, capsys, name, regularizer):
         assert run_main(evaluate_robustness, [*subject, *few], capsys).returncode == 0
 
 
+class CopyingLoss(CELoss):
+    """It keeps the network's first weights."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.first = copy.deepcopy(model).requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_may_copy_a_network_with_the_old_weight_norm(brought, capsys, monkeypatch):
+    monkeypatch.setitem(regularizers, "none", lambda model, flags: CopyingLoss(model))
+    result = train("old_weight_norm", capsys)
+    assert result.returncode == 0, result.stderr
+
+
 REFUSED = {
     "Auxiliary": "gives a tuple of 2 outputs in training mode; return the tensor of logits alone",
     "frozen": "nothing is trainable; set requires_grad",
@@ -214,7 +231,7 @@ REFUSED = {
 def test_refused_before_the_first_epoch(brought, capsys, name, words):
     result = train(name, capsys, "--regularizer", "gnorm")
     assert_one_line_error(result, 2 if name == "scripted" else 1, f"brought:{name}", words)
-    assert not list((brought / "runs").glob("*.pt"))
+    assert not (brought / "runs").exists()
 
 
 def test_what_an_import_sets_in_torch_is_put_back(brought):

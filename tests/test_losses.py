@@ -12,6 +12,7 @@ from models.bound import log_curvature_bound
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
 from regularized_loss import (
+    WEIGHTS,
     CELoss,
     CURELoss,
     CurvatureAndGradientRegularizedLoss,
@@ -22,6 +23,7 @@ from regularized_loss import (
     gradnorm_penalty,
     regularizers,
 )
+from train_models import build_parser
 from training.epoch import TrainingStep, build_optimizer, train_epoch
 
 
@@ -263,3 +265,8 @@ def test_a_loss_may_own_parameters_buffers_and_networks(model):
 
 def test_the_registry_names_the_references_regularizers():
     assert list(regularizers)[:4] == ["none", "gnorm", "curvature", "curvature_and_gnorm"]
+
+
+def test_the_help_of_a_weight_may_have_any_character(monkeypatch):
+    monkeypatch.setitem(WEIGHTS, "reg_new", (0.5, "100 % of it"))
+    assert "100 % of it (default: 0.5)" in " ".join(build_parser().format_help().split())

@@ -69,18 +69,20 @@ class Run:
                 "give that as --data-dir, or another --output-dir"
             )
 
-    def record(self, metrics: list[dict], loss: CELoss, optimizer: torch.optim.SGD) -> None:
+    def record(self, metrics: list[dict], loss: CELoss, optimizer: torch.optim.SGD, remark: str | None) -> None:
         """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
 
         Args:
             metrics: a row for each epoch.
             optimizer: its state is saved until the run is finished.
+            remark: what is to be said of the last epoch, also if the finished run is asked for again.
         """
         epoch, kept = len(metrics), None
         # models/checkpoint.py says what each entry is
         trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset")} | self.data
         trained |= {"model": loss.model.state_dict(), "loss": own_state(loss)}
-        trained |= {"image_size": self.image_size, "flags": self.flags, "epoch": epoch, "metrics": metrics}
+        trained |= {"image_size": self.image_size, "flags": self.flags}
+        trained |= {"epoch": epoch, "metrics": metrics, "remark": remark}
         if self.save_every and epoch % self.save_every == 0:
             # before the epoch counts as done, so that a killed run keeps it when it goes on
             kept = self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
@@ -106,16 +108,11 @@ class Run:
 
 
 def name_run(flags: argparse.Namespace) -> Run:
-    """The run that train_models.py's flags describe; makes the output directory."""
+    """The run that train_models.py's flags describe."""
     parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
     parts += [flags.regularizer] if flags.regularizer != "none" else []
     parts += ["adversarial"] if flags.adversarial_training else []
     name = "_".join([*parts, flags.dataset])
-    try:
-        flags.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"--output-dir {flags.output_dir} cannot be made a folder ({error.strerror})"
-        raise UserError(f"{problem}; name another") from error
     paths = [flags.output_dir / f"{name}{end}" for end in (".pt", ".unfinished.pt", "_metrics.csv", ".png")]
     image_size = flags.image_size or datasets[flags.dataset].image_size
     recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
@@ -145,6 +142,8 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
 @contextmanager
 def only_process_of(run: Run) -> Iterator[None]:
     """Hold the run's lock, which a process that dies lets go of; what one left half-written is removed."""
+    folder = run.checkpoint.parent
+    is_new = not folder.exists()
     make_room(run.checkpoint)
     lock = filelock.FileLock(run.checkpoint.with_name(f".{run.checkpoint.name}.lock"), timeout=0)
     try:
@@ -162,6 +161,8 @@ def only_process_of(run: Run) -> Iterator[None]:
     finally:
         with suppress(OSError):  # the folder may not be writable any more; what went wrong then is said by others
             Path(lock.lock_file).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()  # of a run that was refused; fails unless the folder is empty
         lock.release()
 
 
@@ -203,11 +204,13 @@ def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> No
         its_value = theirs.get(name, defaults.get(name))
         if name != "data_dir" and its_value != value:
             flag = "--" + name.replace("_", "-")
-            its, own = f"{flag} {its_value}", value
+            how, its, own = "with", f"{flag} {its_value}", "without" if value is None else value
             if isinstance(value, bool):
                 its, own = (flag if on else f"--no-{flag[2:]}" for on in (its_value, value))
+            elif its_value is None:
+                how, its, own = "without", flag, f"with {value}"
             raise UsageError(
-                f"--resume: {path} was started with {its}, not {own}; give the same flags, or another --output-dir"
+                f"--resume: {path} was started {how} {its}, not {own}; give the same flags, or another --output-dir"
             )
 
 
