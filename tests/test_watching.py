@@ -106,6 +106,9 @@ def test_a_resumed_run_goes_on_watching(watched, tmp_path, monkeypatch):
         assert watched("broken", *flags, "--save-every", 1).returncode == 130
     other = watched("broken", *flags[:-1], 5, "--resume")  # other columns would be of other images
     assert_one_line_error(other, 2, "--measure-curvature 7, not 5")
+    assert_one_line_error(watched("broken", *flags[:-2], "--resume"), 2, "with --measure-curvature 7, not without;")
+    other = watched("broken", *flags, "--bn-momentum", 0.5, "--resume")
+    assert_one_line_error(other, 2, "without --bn-momentum, not with 0.5;")
     assert watched("broken", *flags, "--save-every", 3, "--resume").returncode == 0  # where files go may change
     whole, broken = (read_checkpoint(tmp_path / folder / f"{name}.pt") for folder in ("whole", "broken"))
     assert states_equal(whole, broken)
@@ -242,10 +245,11 @@ def test_cells_of_a_table_with_and_without_standard_deviations():
         assert mean_and_sd(rows.astype({"b_sd": "float64"}), "b") == ["1"] * 3
 
 
-def test_training_that_ends_at_chance_says_so_once(watched, monkeypatch):
-    flags = ["--model-arch", "watched_net:make", "--num-epochs", 3]
-    for accuracy, times in ((50.0, 1), (100.0, 0)):
+def test_training_at_chance_says_so_after_three_epochs_and_at_the_end(watched, monkeypatch):
+    flags = ["--model-arch", "watched_net:make", "--num-epochs", 5]
+    for accuracy, times in ((50.0, 2), (100.0, 0)):
         monkeypatch.setattr(train_models, "evaluate", lambda *_, accuracy=accuracy: (0.7, accuracy))
         result = watched(str(accuracy), *flags)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("is at chance") == result.stdout.count("--calibrate-batchnorm") == times
+        assert ("is at chance" in watched(str(accuracy), *flags, "--resume").stdout) == (times > 0)
