@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 import shutil
 
 import numpy as np
@@ -23,23 +24,19 @@ def split_of(n: int, size: int = 8) -> Split:
     return Split(images, torch.arange(n))
 
 
-def test_every_example_once_per_epoch_in_an_order_only_seed_and_epoch_decide():
-    split = split_of(10)
+@pytest.mark.parametrize(
+    ("batch_size", "n", "sizes"), [(4, 10, [4, 4, 2]), (4, 9, [4, 5]), (4, 1, [1]), (1, 3, [1, 2])]
+)
+def test_every_example_once_per_epoch_in_an_order_only_seed_and_epoch_decide(batch_size, n, sizes):
+    """A last example alone joins the batch before: BatchNorm behind a 1 x 1 image cannot be trained on one."""
 
     def labels(seed, epoch):
-        return [batch.tolist() for _, batch, *_ in training_batches(split, 4, seed, epoch)]
+        return [batch.tolist() for _, batch, *_ in training_batches(split_of(n), batch_size, seed, epoch)]
 
-    assert [len(batch) for batch in labels(0, 1)] == [4, 4, 2]
-    assert sorted(label for batch in labels(0, 1) for label in batch) == list(range(10))
+    assert [len(batch) for batch in labels(0, 1)] == sizes
+    assert sorted(label for batch in labels(0, 1) for label in batch) == list(range(n))
     assert labels(0, 1) == labels(0, 1)
-    assert len({str(labels(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
-
-
-def test_a_last_example_alone_joins_the_batch_before():
-    """BatchNorm behind a 1 x 1 image cannot be trained on one example."""
-    assert [len(labels) for _, labels, *_ in training_batches(split_of(9), 4, 0, 1)] == [4, 5]
-    assert [len(labels) for _, labels, *_ in training_batches(split_of(1), 4, 0, 1)] == [1]
-    assert [len(labels) for _, labels, *_ in training_batches(split_of(3), 1, 0, 1)] == [1, 2]
+    assert n < 10 or len({str(labels(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
 
 
 def test_fingerprints_tell_data_apart():
@@ -47,8 +44,8 @@ def test_fingerprints_tell_data_apart():
     assert split.fingerprint() == split_of(4).fingerprint()
     changed = split.images.clone()
     changed[0, 0, 0, 0] ^= 1
-    others = Split(changed, split.labels), Split(split.images, split.labels + 1)
-    assert len({s.fingerprint() for s in (split, *others)}) == 3
+    for other in (Split(changed, split.labels), Split(split.images, split.labels + 1)):
+        assert other.fingerprint() != split.fingerprint()
 
 
 def test_unaugmented_batches_are_the_images_over_255():
@@ -66,13 +63,9 @@ def test_augmentation_makes_exactly_the_crops_and_flips(flip):
     """Every result is one of torchvision-style pad, crop, mirror, and every one of those occurs."""
     image = split_of(1, size=6).images
     padded = torch.nn.functional.pad(image, [2] * 4)
-    possible = {
-        crop.numpy().tobytes()
-        for dy in range(5)
-        for dx in range(5)
-        for window in [padded[0, :, dy : dy + 6, dx : dx + 6]]
-        for crop in ([window, window.flip(2)] if flip else [window])
-    }
+    crops = [padded[0, :, dy : dy + 6, dx : dx + 6] for dy in range(5) for dx in range(5)]
+    crops += [crop.flip(2) for crop in crops] if flip else []
+    possible = {crop.numpy().tobytes() for crop in crops}
     generator = torch.Generator().manual_seed(0)
     results = random_crop_and_flip(image.expand(3000, -1, -1, -1), 2, flip, generator)
     assert results.shape == (3000, 3, 6, 6)
@@ -95,9 +88,9 @@ def test_digits():
     assert data.train.images.max() == 255
     assert data.test.labels.bincount().min() >= 34  # stratified
     assert not data.flip
+    assert load_dataset("digits", "nowhere", 32).test.images.shape == (360, 3, 32, 32)
     together = torch.cat([data.train.images, data.test.images]).flatten(1)
     assert len(together.unique(dim=0)) > 1790  # the two splits do not share images
-    assert load_dataset("digits", "nowhere", 32).test.images.shape == (360, 3, 32, 32)
 
 
 def test_imagefolder(photographs):
@@ -105,10 +98,8 @@ def test_imagefolder(photographs):
     assert data.class_names == ["china", "flower"]
     assert data.train.images.shape == (24, 3, 16, 16)
     assert data.test.labels.tolist() == [0] * 6 + [1] * 6
-    full = load_dataset("imagefolder", photographs, 32).test
-    assert full.images.shape == (12, 3, 32, 32)
-    native = Image.open(photographs / "test" / "china" / "0.png")
-    means = torch.from_numpy(np.array(native)).double().mean(dim=(0, 1))
+    native = np.array(Image.open(photographs / "test" / "china" / "0.png"))
+    means = torch.from_numpy(native).double().mean(dim=(0, 1))
     torch.testing.assert_close(data.test.images[0].double().mean(dim=(1, 2)), means, rtol=0, atol=3)
 
 
@@ -118,10 +109,7 @@ def image_folder(root, files: dict[str, bytes | Image.Image]):
         for split in ("train", "test"):
             path = root / split / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                content.save(path)
+            path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
     return root
 
 
@@ -157,10 +145,9 @@ def test_names_in_any_script(photographs, tmp_path, capsys):
     assert_one_line_error(run_main(train_models, flags, capsys), 1, "two\\nlines.png cannot be read")
 
 
-PRINTED = {"0 1 10 2": True, "-1 -10": True, "-1 0 1": False, "00 01 10": False, "0 1 a 10 2": False}
-
-
-@pytest.mark.parametrize(("names", "printed"), PRINTED.items())
+@pytest.mark.parametrize(
+    ("names", "printed"), [("0 1 10 2", True), ("-1 -10", True), ("00 01 10", False), ("0 1 a 10 2", False)]
+)
 def test_numbered_classes_in_another_order_are_printed(tmp_path, capsys, names, printed):
     patch = Image.new("L", (4, 4))
     data = load_dataset("imagefolder", image_folder(tmp_path, {f"{name}/0.png": patch for name in names.split()}), 16)
@@ -195,11 +182,9 @@ def test_damaged_images(photographs, tmp_path):
         image_folder(tmp_path, {"a/0.png": bytes(damaged[: len(whole) * i // 20])})  # the later half is whole
         try:
             assert len(load_dataset("imagefolder", tmp_path, 16).test) == 1
-        except UserError as error:
-            assert "0.png" in str(error)  # noqa: PT017
-            assert "\n" not in str(error)  # noqa: PT017
-        else:
             assert i >= 10
+        except UserError as error:
+            assert re.search(r"^[^\n]*0\.png[^\n]*$", str(error))  # noqa: PT017
 
 
 @pytest.mark.parametrize(("name", "class_name", "count"), [("cifar10", "CIFAR10", 15), ("cifar100", "CIFAR100", 3)])
@@ -234,16 +219,13 @@ def test_labels_out_of_range(labels, monkeypatch):
 def test_svhn_through_torchvision(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train_32x32\.mat is missing"):
         load_dataset("svhn", tmp_path)
-    rng = np.random.default_rng(0)
-    images = {}
-    for split in ("train", "test"):
-        name = torchvision.datasets.SVHN.split_list[split][1]
-        images[split] = rng.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
-        savemat(tmp_path / name, {"X": images[split], "y": np.array([[10], [1], [2], [9]])})
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        savemat(tmp_path / name, {"X": images, "y": np.array([[10], [1], [2], [9]])})
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
     data = load_dataset("svhn", tmp_path)
     assert data.test.labels.tolist() == [0, 1, 2, 9]  # SVHN writes 0 as 10
-    assert torch.equal(data.train.images, torch.from_numpy(images["train"].transpose(3, 2, 0, 1).copy()))
+    assert torch.equal(data.train.images, torch.from_numpy(images.transpose(3, 2, 0, 1).copy()))
     whole = (tmp_path / name).read_bytes()
     for length in range(0, len(whole), len(whole) // 10):
         (tmp_path / name).write_bytes(whole[:length])
@@ -252,7 +234,7 @@ def test_svhn_through_torchvision(tmp_path, monkeypatch):
 
 
 def test_resizing_in_parts_is_resizing_at_once():
-    images = split_of(300, 8).images
+    images = split_of(70, 8).images  # 64 are a part
     whole = torch.nn.functional.interpolate(images.float(), (256, 256), mode="bilinear", antialias=True)
     assert torch.equal(resize(images, 256), whole.round().clamp(0, 255).byte())
     assert resize(images, 8) is images
@@ -264,13 +246,13 @@ def test_images_larger_than_the_machines_memory_are_refused(name, photographs, t
     assert_one_line_error(run_main(train_models, flags, capsys), 1, "out of memory", "smaller", "--image-size")
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (3, 8), (9, 8)])
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (3, 1), (9, 8)])
 def test_batches_of_one(count, batch_size, thin_vgg, photographs, tmp_path, capsys):
     patches = {f"a/{i}.png": (photographs / f"train/china/{i}.png").read_bytes() for i in range(count)}
-    flags = "--model-arch vgg11 --dataset imagefolder --image-size 16 --num-epochs 1 --lr 0.001 --data-dir"
-    flags = [*flags.split(), image_folder(tmp_path, patches), "--batch-size", batch_size]
+    flags = ["--model-arch", "vgg11", "--dataset", "imagefolder", "--image-size", 16, "--num-epochs", 1, "--lr", 0.001]
+    flags += ["--data-dir", image_folder(tmp_path, patches), "--batch-size", batch_size]
     result = run_main(train_models, [*flags, "--output-dir", tmp_path / "out"], capsys)
-    if count == 1:  # behind four poolings a 16 x 16 image is 1 x 1
-        assert_one_line_error(result, 1, "one example", "--batch-size")
-    else:
+    if count == 9:  # one is left over
         assert result.returncode == 0, result.stderr
+    else:  # behind four poolings a 16 x 16 image is 1 x 1
+        assert_one_line_error(result, 1, "one example", "BatchNorm", "--batch-size")
