@@ -33,20 +33,11 @@ def any_keyword(**keywords):
 def keywords_elsewhere(**keywords):
     return nn.Conv2d(3, 5, 1, **keywords)
 
-def wide(num_classes, /):
-    return Small(num_classes)
-
-def failing():
-    raise RuntimeError("no weights\\nanywhere " + "x" * 1000)
-
-def exiting():
-    raise SystemExit(3)
+def failing(num_classes):
+    raise TypeError("no weights\\nanywhere " + "x" * 1000)
 
 def no_model():
     return {"model": Small()}
-
-class Factories:
-    ten = staticmethod(ten)
 
 class Holder(nn.Module):
     def __init__(self):
@@ -57,12 +48,8 @@ class Named(nn.Module):
     # layers that are called as wrappers are
     def __init__(self):
         super().__init__()
-        self.net, self.model = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+        self.net, self.model = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(9, 10))
         self.module = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
-        self(__import__("torch").rand(2, 3, 8, 8))
-
-    def forward(self, x):
-        return self.module(self.model(self.net(x)))
 
 class Extra(Small):
     version = 2
@@ -106,7 +93,7 @@ def refused(words: str, *arguments) -> int:
 
 @pytest.mark.parametrize(
     ("function", "classes"),
-    [("Small", 4), ("ten", 10), ("any_keyword", 4), ("keywords_elsewhere", 5), ("Factories.ten", 10)],
+    [("Small", 4), ("ten", 10), ("any_keyword", 4), ("keywords_elsewhere", 5), ("nn.Flatten", 192)],
 )
 def test_num_classes_goes_to_whoever_takes_it(user_file, function, classes):
     model = build(f"my_models:{function}", None, 4)
@@ -115,7 +102,9 @@ def test_num_classes_goes_to_whoever_takes_it(user_file, function, classes):
 
 
 WRAPPERS = "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_module._orig_mod."
-FRONT = *WRAPPERS, "backbone.", "network.", "encoder.", "ema_model.module."
+FRONT = *WRAPPERS, "_orig_mod.", "_orig_mod.module.", "1.module.", "module._orig_mod.1.0."
+FRONT += "backbone.", "network.", "encoder.", "ema_model.module.", "module.backbone."
+INSIDE = *WRAPPERS, "module."
 
 
 def under(prefix: str, state: dict) -> dict:
@@ -127,52 +116,21 @@ def inside(wrapper: str, state: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("layout", "example"),
-    [
-        (lambda state: state, None),
-        (lambda state: {"state_dict": state, "epoch": 3, "best": 0.9}, None),
-        (lambda state: {"model": {"state_dict": state}}, None),
-        (lambda state: {"state_dict_ema": state, "epoch": 3}, None),
-        (lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()}, None),
-        (lambda state: {"net": under("module.", state)}, "module.0.weight"),
-        (lambda state: under("_orig_mod.", state), "_orig_mod.0.weight"),
-        (lambda state: {"model": under("_orig_mod.module.", state)}, "_orig_mod.module.0.weight"),
-        (lambda state: {"state_dict": under("1.module.", state)}, "1.module.0.weight"),
-        (lambda state: under("module.", state) | {"n_averaged": torch.tensor(3)}, "module.0.weight"),
-        (lambda state: {"ema": under("model.module.", state) | {"model.n_averaged": 3 * ONE}}, "model.module.0.weight"),
-        (lambda state: {"state_dict": under("model.", state), "hyper_parameters": {"lr": 0.1}}, "model.0.weight"),
-        (lambda state: under("module._orig_mod.1.0.", state), "module._orig_mod.1.0.0.weight"),
-        (lambda state: {key.replace(".", ".module.", 1): value for key, value in state.items()}, "0.module.weight"),
-        *((lambda state, wrapper=wrapper: under(wrapper, state), wrapper + "0.weight") for wrapper in FRONT),
-        *((lambda state, wrapper=wrapper: inside(wrapper, state), f"0.{wrapper}weight") for wrapper in WRAPPERS),
-        (lambda state: {"state_dict": under("module.backbone.", state)}, "module.backbone.0.weight"),
-    ],
-)
-def test_weights_in_the_layouts_that_training_code_leaves(user_file, layout, example, capsys):
-    trained = build("my_models:ten").double()
-    trained[1].running_mean.uniform_()  # buffers count, too
-    path = save(user_file / "weights.pt", layout(trained.state_dict()))
-    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    assert torch.equal(build("my_models:ten", path)(x), trained(x))
-    said = capsys.readouterr().out
-    assert said == "" if example is None else f"{example} read as 0.weight" in said
-    # and the other way round: the model has the wrapper
-    holder = build("my_models:Holder", path)
-    assert torch.equal(holder.module(x), trained(x))
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "net.", "model.", "1.", "0.module."])
-def test_layers_called_as_wrappers_are(user_file, prefix):
-    trained = build("my_models:Named")
-    model = build("my_models:Named", save(user_file / "weights.pt", under(prefix, trained.state_dict())))
-    assert all(map(torch.equal, model.state_dict().values(), trained.state_dict().values()))
-
-
-@pytest.mark.parametrize(
     ("layout", "said"),
     [
+        (lambda state: state, ""),
+        (lambda state: {"state_dict": state, "epoch": 3, "best": 0.9}, ""),
+        (lambda state: {"model": {"state_dict": state}}, ""),
+        (lambda state: {"state_dict_ema": state, "epoch": 3}, ""),
+        (lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()}, ""),
+        (lambda state: {k: v for k, v in state.items() if "num_batches" not in k}, ""),  # an old file
+        (lambda state: {"net": under("module.", state)}, "module.0.weight read"),
+        (lambda state: under("module.", state) | {"n_averaged": torch.tensor(3)}, "module.0.weight read"),
+        (lambda state: {"ema": under("model.module.", state) | {"model.n_averaged": 3 * ONE}}, "0.weight read as 0."),
+        (lambda state: {"state_dict": under("model.", state), "hyper_parameters": {"lr": 0.1}}, "model.0.weight read"),
+        *((lambda state, wrapper=wrapper: under(wrapper, state), wrapper + "0.weight read") for wrapper in FRONT),
+        *((lambda state, inner=inner: inside(inner, state), f"0.{inner}weight read") for inner in INSIDE),
         (lambda state: {"teacher": state, "epoch": 3}, "the weights under 'teacher' are taken\n"),
-        (lambda state: {"last": {"weights": state}}, "the weights under 'last.weights' are taken\n"),
         (lambda state: {"ema": dict.fromkeys(state, ONE), "model": state}, "'model' are taken, not those under 'ema'"),
         (lambda state: {"best": dict.fromkeys(state, ONE), "net": {"ema": state}}, "'net.ema' are taken, not those"),
         (lambda state: state | {"epoch": 3, "num_updates": 1000}, "passed over, as no tensor: epoch, num_updates\n"),
@@ -181,42 +139,43 @@ def test_layers_called_as_wrappers_are(user_file, prefix):
         (lambda state: {"model": state | {"epoch": 3}, "ema": state}, "'model' are taken, not those under 'ema'\n"),
     ],
 )
-def test_which_weights_of_a_file_are_taken_is_said(user_file, layout, said, capsys):
-    trained = build("my_models:ten")
-    model = build("my_models:ten", save(user_file / "weights.pt", layout(trained.state_dict())))
-    assert torch.equal(model[0].weight, trained[0].weight)
-    assert said in capsys.readouterr().out
+def test_weights_in_the_layouts_that_training_code_leaves(user_file, layout, said, capsys):
+    """What of a file is taken, and how its names were read, is said."""
+    trained = build("my_models:ten").double()
+    trained[1].running_mean.uniform_()  # buffers count, too
+    path = save(user_file / "weights.pt", layout(trained.state_dict()))
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(build("my_models:ten", path)(x), trained(x))
+    printed = capsys.readouterr().out
+    assert said in printed if said else printed == ""
+    # and the other way round: the model has the wrapper
+    holder = build("my_models:Holder", path)
+    assert torch.equal(holder.module(x), trained(x))
 
 
-def test_old_files_do_not_count_batches(user_file):
-    state = build("my_models:ten").state_dict()
-    old = {"module." + key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    assert torch.equal(build("my_models:ten", save(user_file / "weights.pt", old))[0].weight, state["0.weight"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "net.", "model.", "1.", "0.module."])
+def test_layers_called_as_wrappers_are(user_file, prefix, capsys):
+    state = build("my_models:Named").state_dict()
+    model = build("my_models:Named", save(user_file / "weights.pt", under(prefix, state)))
+    assert all(map(torch.equal, model.state_dict().values(), state.values()))
+    assert ("read as" in capsys.readouterr().out) == (prefix != "")
 
 
 @pytest.mark.parametrize(
-    ("in_file", "expected"),
+    ("key", "dtype", "expected"),
     [
-        ({}, [torch.float32, torch.float32]),
-        ({"1.running_mean": torch.float64}, [torch.float32, torch.float32]),
-        ({"0.weight": torch.float16}, [torch.float32, torch.float32]),
-        ({"0.weight": torch.float64}, [torch.float64, torch.float64]),
+        ("1.running_mean", torch.float64, torch.float32),
+        ("0.weight", torch.float16, torch.float32),
+        ("0.weight", torch.float64, torch.float64),
     ],
 )
-def test_the_parameters_decide_the_dtype(user_file, in_file, expected, capsys):
+def test_the_parameters_decide_the_dtype(user_file, key, dtype, expected, capsys):
     state = build("my_models:ten").state_dict()
-    state |= {key: state[key].to(dtype) for key, dtype in in_file.items()}
+    state[key] = state[key].to(dtype)
     model = build("my_models:ten", save(user_file / "weights.pt", state))
-    assert [model[0].weight.dtype, model[1].running_mean.dtype] == expected
-    assert torch.equal(model[0].weight, state["0.weight"].to(expected[0]))
-    assert ("torch.float16 are measured in float32" in capsys.readouterr().out) == (torch.float16 in in_file.values())
-
-
-def test_a_layer_of_the_models_own_called_module_is_no_prefix(user_file, capsys):
-    trained = build("my_models:Holder")
-    model = build("my_models:Holder", save(user_file / "weights.pt", trained.state_dict()))
-    assert torch.equal(model.module[0].weight, trained.module[0].weight)
-    assert capsys.readouterr().out == ""
+    assert model[0].weight.dtype == model[1].running_mean.dtype == expected
+    assert torch.equal(model[0].weight, state["0.weight"].to(expected))
+    assert ("torch.float16 are measured in float32" in capsys.readouterr().out) == (dtype == torch.float16)
 
 
 def test_extra_state_need_not_be_a_tensor(user_file):
@@ -246,19 +205,14 @@ def test_safetensors_without_the_package(user_file, monkeypatch):
     ("arch", "code", "words"),
     [
         ("no_such_module:resnet18", 2, "cannot import 'resnet18' from 'no_such_module'"),
-        (":resnet18", 2, "cannot import 'resnet18' from ''"),
         ("broken:model", 2, "cannot import .*SyntaxError"),
         ("script:model", 2, "cannot import .*SystemExit: 0"),
         ("my_models:absent", 2, "has no attribute 'absent'"),
-        ("my_models.py:Small", 2, "; give my_models:Small, in the folder that this file is in"),
         ("./my_models.py:Small", 2, "; give my_models:Small, in the folder that this file is in"),
-        ("my_models:", 2, "has no attribute ''"),
         ("my_models:number", 2, "of type int, not a function"),
         ("my_models:instance", 2, "of type Small, not a function"),
         ("my_models:no_model", 2, "returns a dict, not a torch.nn.Module"),
-        ("my_models:failing", 1, "failed to build the model .RuntimeError: no weights anywhere x"),
-        ("my_models:exiting", 1, "failed to build the model .SystemExit: 3"),
-        ("my_models:wide", 1, "failed to build the model .TypeError"),
+        ("my_models:failing", 1, "failed to build the model .TypeError: no weights anywhere x"),
     ],
 )
 def test_names_of_nothing_that_builds_a_model(user_file, arch, code, words):
@@ -269,13 +223,11 @@ def test_names_of_nothing_that_builds_a_model(user_file, arch, code, words):
 
 def test_files_that_hold_no_fitting_weights(user_file):
     state = build("my_models:ten").state_dict()
-    renamed = {"b" if key == "0.bias" else key: value for key, value in state.items()}
     normalized = {"0.mean": ONE, "0.std": ONE} | under("1.module.", state)
     odd_one = under("a.", {"5.x" if key == "5.weight" else key: value for key, value in state.items()})
     fitting = r"odd\.pt: the weights do not fit my_models:ten with 10 classes"
     for words, content in (
         ("holds no state_dict", {}),
-        ("holds no state_dict", {"model": {"net": {}}}),
         ("holds weights under 'student' and 'teacher'; save", {"student": state, "teacher": state}),
         ("the Python class or function argparse.Namespace.*weights alone", {"state_dict": state, "args": Namespace()}),
         ("function numpy.*scalar, which is not loaded", {"state_dict": state, "best": np.float64(0.9)}),
@@ -285,23 +237,18 @@ def test_files_that_hold_no_fitting_weights(user_file):
         ("1 keys of the model missing, 1 unexpected; first missing 5.weight; first unexpected a.5.x", odd_one),
         ("size mismatch", under("backbone.", state | {"5.weight": torch.zeros(10, 9)})),
         ("1 unexpected; first unexpected module._extra_state", under("module.", state | {"_extra_state": None})),
-        (r"1 keys of the model missing, 1 unexpected; first missing 0.bias; first unexpected b", renamed),
-        (fitting, {key: value for key, value in state.items() if key != "5.weight"}),
         (fitting, state | {"extra": torch.zeros(1)}),
     ):
         assert refused(words, "my_models:ten", save(user_file / "odd.pt", content)) == 1
 
 
-def image(kind: str) -> bytes:
+def written(save, *arguments) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, kind)
+    save(file, *arguments)
     return file.getvalue()
 
 
-def arrays(save) -> bytes:
-    file = io.BytesIO()
-    save(file, np.zeros(3))
-    return file.getvalue()
+KINDS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"
 
 
 @pytest.mark.parametrize(
@@ -309,18 +256,11 @@ def arrays(save) -> bytes:
     [
         (b"model,split,index\n\xc3\xa4.pt,test,1\n", "a table of results.*--compare"),
         (b'{\n "settings": {}}', "a table of results.*--compare"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a picture"),
         (b"model\tsplit\n", "a table of results.*--compare"),
-        (b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture"),
-        (image("GIF"), "a picture"),
-        (image("WEBP"), "a picture"),
-        (image("BMP"), "a picture"),
-        (image("TIFF"), "a picture"),
+        *((written(Image.new("RGB", (8, 8)).save, kind), "a picture") for kind in KINDS),
         (b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg>', "a picture"),
         (b"%PDF-1.7\n", "a PDF document"),
-        (arrays(np.save), "a file of NumPy arrays"),
-        (arrays(np.savez), "a file of NumPy arrays"),
-        (arrays(np.savez_compressed), "a file of NumPy arrays"),
+        *((written(save, np.zeros(3)), "a file of NumPy arrays") for save in (np.save, np.savez, np.savez_compressed)),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (gzip.compress(b"weights", mtime=0), "a compressed file"),
         (b"\n<!DOCTYPE html><title>Not found, sorry</title>", "a web page"),
