@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_main
+from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import estimate_curvature
 import train_models
+from curvature.results import QUANTITIES
 from experiments import compare_methods, evaluate_robustness, label_errors, two_moons
 from models.checkpoint import read_checkpoint
+from models.model_selector import model_architecture
 from tests.distributed_worker import gradients_of_every_loss
 
 WORKER = ROOT / "tests" / "distributed_worker.py"
@@ -80,8 +83,10 @@ def training_flags(photographs, folder) -> list:
     return [*flags, "--lr", 0.01, "--device", "cpu", "--output-dir", folder]
 
 
-def test_every_process_has_the_same_network_and_a_run_goes_on_with_another_number(photographs, tmp_path):
-    flags = training_flags(photographs, tmp_path / "run")
+def test_every_process_has_the_same_network_and_a_run_goes_on_with_another_number(
+    photographs, tmp_path, monkeypatch, capsys
+):
+    flags = [*training_flags(photographs, tmp_path / "run"), "--measure-curvature", 7]
     name = tmp_path / "run" / "resnet18lcnn_curvature_and_gnorm_imagefolder"
     for epochs, processes in ((1, 2), (2, 3)):
         digests = tmp_path / str(processes)
@@ -96,7 +101,14 @@ def test_every_process_has_the_same_network_and_a_run_goes_on_with_another_numbe
         assert f"epoch {epochs}/2" in first
         assert others == [""] * (processes - 1)  # one process speaks
     assert [process.returncode for process in group] == [0, 0, 0]
-    assert read_checkpoint(f"{name}.pt")["epoch"] == 2
+    last = read_checkpoint(f"{name}.pt")["metrics"][-1]
+    assert last["epoch"] == 2
+    # three processes measured what one does
+    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
+    measuring = ["--model-filename", f"{name}.pt", "--split", "test", "--num-samples", 7]
+    run_main(estimate_curvature, [*measuring, "--output", tmp_path / "found.csv"], capsys)
+    means = pd.read_csv(tmp_path / "found.csv")[list(QUANTITIES)].mean()
+    assert dict(means) == pytest.approx({key: last[key] for key in QUANTITIES}, rel=1e-5)
 
 
 def test_a_killed_process_ends_the_others_with_a_message(photographs, tmp_path):
