@@ -9,7 +9,7 @@ import warnings
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main
+from conftest import TwoBlocks, assert_one_line_error, run_main
 from torch import nn
 
 import estimate_curvature
@@ -23,7 +23,6 @@ from models.checkpoint import read_checkpoint
 from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import states_equal
-from tests.test_distributed import finish, launch
 from training.report import mean_curvature
 from training.run_files import Run
 from utils.numerics import at_chance
@@ -43,17 +42,13 @@ class Rounded(nn.Module):
 """
 
 
-def data_of(photographs) -> list:
-    data = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16]
-    return [*data, "--batch-size", 10, "--lr", 0.01, "--device", "cpu"]
-
-
 @pytest.fixture
 def watched(photographs, users_file, tmp_path, monkeypatch, capsys):
     """watched(folder, flags...) trains a small network into the folder and returns what it printed."""
     users_file("watched_net", NETS)
     monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
-    data = data_of(photographs)
+    data = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16]
+    data += ["--batch-size", 10, "--lr", 0.01, "--device", "cpu"]
     return lambda folder, *flags: run_main(train_models, [*data, "--output-dir", tmp_path / folder, *flags], capsys)
 
 
@@ -147,33 +142,16 @@ def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(wat
     assert watched("run", *flags).returncode == 0
 
 
-def test_two_processes_measure_what_one_does(watched, photographs, tmp_path, capsys):
-    flags = [*data_of(photographs), "--model-arch", "watched_net:make", "--num-epochs", 2, "--measure-curvature", 7]
-    finish(launch(2, ROOT / "train_models.py", *flags, "--output-dir", tmp_path / "two"))
-    path = tmp_path / "two" / "watched_net.make_imagefolder.pt"
-    found = {name: read_checkpoint(path)["metrics"][-1][name] for name in QUANTITIES}
-    assert found == pytest.approx(row_of(path, tmp_path, capsys), rel=1e-5)
-
-
-class Sure(nn.Module):
-    """Two logits, some 92 apart: the loss is below float32's smallest normal number."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 48) / 48)
-
-    def forward(self, x):
-        logit = x.flatten(1) @ self.weight
-        return torch.stack([logit + 92, -logit.square()], dim=1)
-
-
 def test_measuring_in_training_keeps_denormals_and_leaves_training_as_it_is():
+    """Two logits, some 92 apart: the loss is below float32's smallest normal number."""
+    sure = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    sure[1].bias.data = torch.tensor([92.0, 0.0])
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(images, torch.zeros(5, dtype=torch.int64))
     flags = argparse.Namespace(batch_size=2, measure_curvature=4, prng_seed=1, model_arch="m:sure", dataset="none")
     state = torch.get_rng_state()
     with denormals_flushed():
-        found = mean_curvature(Sure(), ImageData(split, split, ["a", "b"], True), flags)
+        found = mean_curvature(sure, ImageData(split, split, ["a", "b"], True), flags)
         assert torch.tensor([1e-39]) * 1.0 == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert 0 < found["gradient_norm"] < 1e-38
