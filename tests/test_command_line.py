@@ -23,22 +23,12 @@ def tiny_run(photographs, output, *flags) -> list[str]:
     return [str(flag) for flag in (*data, "--batch-size", 10, "--output-dir", output, "--lr", 0.01, *flags)]
 
 
-@pytest.fixture
-def small_resnet(monkeypatch) -> None:
-    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
+LARGE = "vgg11", "vgg11lcnn", "resnet18", "resnet18lcnn", "vgg11lowbeta"
 
 
-def test_train_and_estimate_every_regularizer(small_resnet, photographs, tmp_path, capsys):
-    train_and_estimate("resnet18lcnn", photographs, tmp_path, capsys)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("arch", ["vgg11", "vgg11lcnn", "resnet18", "resnet18lcnn", "vgg11lowbeta"])
-def test_train_and_estimate_every_regularizer_with(arch, photographs, tmp_path, capsys):
-    train_and_estimate(arch, photographs, tmp_path, capsys)
-
-
-def train_and_estimate(arch, photographs, tmp_path, capsys) -> None:
+@pytest.mark.parametrize("arch", ["two_blocks_lcnn", *(pytest.param(arch, marks=pytest.mark.long) for arch in LARGE)])
+def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model_architecture, "two_blocks_lcnn", TwoBlocks)
     trained = []
     for regularizer in regularizers:
         flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
@@ -95,6 +85,9 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
         (train_models, ["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
         (train_models, ["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
         (train_models, ["--num-epoch", "3"], 2, ["--num-epoch"]),
+        (train_models, ["--num-epochs", str(2**63)], 2, ["--num-epochs: must be less than 2^63"]),
+        (train_models, ["--adv-step-size", "1e300"], 2, ["--adv-step-size: must be more than 0 and at most 1e9"]),
+        (train_models, ["--resume", "--overwrite"], 2, ["--overwrite"]),
         (train_models, ["--dataset", "cifar10"], 1, ["cifar-10-batches-py", "--download"]),
         (train_models, REFERENCE_TRAIN, 1, ["cifar-100-python", "missing", "--download"]),
         (train_models, ["--dataset", "svhn"], 1, ["train_32x32.mat", "--download"]),
@@ -104,7 +97,8 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
         (estimate_curvature, FILE, 1, ["x.pt", "no such"]),
     ],
 )
-def test_errors(script, flags, code, words, tmp_path, capsys):
+def test_errors_are_named_before_anything_is_loaded(script, flags, code, words, tmp_path, capsys):
+    """There are no data: a wrong flag that was seen later would end with that."""
     places = ["--data-dir", str(tmp_path)] + (["--output-dir", str(tmp_path)] if script is train_models else [])
     assert_one_line_error(run_main(script, [*places, *flags], capsys), code, *words)
     assert not list(tmp_path.iterdir())
@@ -119,8 +113,9 @@ def test_an_error_in_a_process_of_its_own_and_help(capsys):
 
 
 @pytest.mark.draws
-def test_the_references_own_commands(small_resnet, tmp_path, monkeypatch, capsys):
+def test_the_references_own_commands(tmp_path, monkeypatch, capsys):
     """Its two commands, shortened; torchvision's layout with a few images stands for the data set."""
+    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
     write_cifar(tmp_path, monkeypatch, "CIFAR100")
     places = ["--data-dir", tmp_path, "--output-dir", tmp_path]
     result = run_main(train_models, [*REFERENCE_TRAIN, *places, "--num-epochs", 1], capsys)
