@@ -170,29 +170,6 @@ def test_the_number_of_threads_is_set_and_put_back(script, command, monkeypatch,
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "word"),
-    [
-        (train_models, ["--lcnn", "--model-arch", "resnet18"], "--lcnn"),
-        (train_models, ["--resume", "--overwrite"], "--overwrite"),
-        (train_models, ["--num-epochs", str(2**63)], "--num-epochs: must be less than 2^63"),
-        (train_models, ["--adv-step-size", "1e300"], "--adv-step-size: must be more than 0 and at most 1e9"),
-        (train_models, ["--precision", "tf32", "--device", "cpu"], "--precision tf32"),
-        (evaluate_robustness, ["--data-fraction", "0.5", "--num-samples", "3"], "--num-samples"),
-    ],
-)
-def test_contradictions_are_refused_by_name_before_anything_is_loaded(script, flags, word, monkeypatch):
-    def load(*_):
-        raise AssertionError("loaded something")
-
-    for name in data_module.datasets:
-        monkeypatch.setitem(data_module.datasets, name, DatasetEntry(load, 16))
-    code, _, errors = call(script, flags)
-    assert code == 2
-    assert word in errors
-    assert len(errors.strip().splitlines()) == 1
-
-
 @pytest.mark.parametrize(("precision", "fast", "lines"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
 def test_bf16_is_said_to_be_slow_where_the_cpu_has_none(precision, fast, lines, tmp_path, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
