@@ -51,15 +51,6 @@ class Named(nn.Module):
         self.net, self.model = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(9, 10))
         self.module = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
 
-class Extra(Small):
-    version = 2
-
-    def get_extra_state(self):
-        return {"version": self.version}
-
-    def set_extra_state(self, state):
-        self.version = state["version"]
-
 instance = Small()
 number = 3
 """
@@ -176,12 +167,6 @@ def test_the_parameters_decide_the_dtype(user_file, key, dtype, expected, capsys
     assert model[0].weight.dtype == model[1].running_mean.dtype == expected
     assert torch.equal(model[0].weight, state["0.weight"].to(expected))
     assert ("torch.float16 are measured in float32" in capsys.readouterr().out) == (dtype == torch.float16)
-
-
-def test_extra_state_need_not_be_a_tensor(user_file):
-    trained = build("my_models:Extra")
-    trained.version = 7
-    assert build("my_models:Extra", save(user_file / "weights.pt", trained.state_dict())).version == 7
 
 
 def test_safetensors(user_file, monkeypatch):
