@@ -11,7 +11,7 @@ from conftest import assert_one_line_error, run_main
 import estimate_curvature
 from models.checkpoint import FORMAT, load_model, save_checkpoint
 from models.model_selector import model_architecture
-from utils.errors import UsageError, UserError
+from utils.errors import UserError
 
 BIAS = "classifier.bias"
 
@@ -52,8 +52,6 @@ def test_load_model_gives_back_the_same_function(path):
     x = torch.rand(2, 3, 16, 16)
     assert torch.equal(load_model(path)(x), build()(x))
     assert not load_model(path, "vgg11").training
-    with pytest.raises(UsageError, match="holds a vgg11, not a resnet18"):
-        load_model(path, "resnet18")
 
 
 def test_weights_of_any_layout_and_precision_are_taken(tmp_path):
@@ -131,7 +129,7 @@ def test_files_that_are_no_weights(path, tmp_path, capsys):
 def test_flags_that_disagree_with_the_checkpoint(path, capsys):
     for flag, wanted, own in (("--model-arch", "resnet18", "vgg11"), ("--dataset", "svhn", "digits")):
         result = run_main(estimate_curvature, ["--model-filename", path, flag, wanted], capsys)
-        assert_one_line_error(result, 2, flag, wanted, own)
+        assert_one_line_error(result, 2, f"{path} ", flag, wanted, own)
 
 
 @pytest.mark.long
