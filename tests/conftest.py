@@ -20,7 +20,6 @@ from models.resnet import ResidualBlock, ResNet
 from models.vgg import VGG11
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # CIFAR-10 as JPEGs, where it is there: too large for the repository
 
 torch.set_num_threads(1)  # two tests run at a time, see pyproject.toml
 os.environ["OMP_NUM_THREADS"] = "1"  # and for the processes they start
@@ -92,12 +91,12 @@ def users_file(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def run_script(script: str, *arguments, cwd: Path | None = None, check: int | None = 0) -> subprocess.CompletedProcess:
+def run_script(script: str, *arguments, check: int | None = 0) -> subprocess.CompletedProcess:
     """Run an entry script, or a module by its dotted name, in a process of its own; unless check is None, insist on
     that exit code."""
-    what = [str((cwd or ROOT) / script)] if script.endswith(".py") else ["-m", script]
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     command = [sys.executable, *what, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert check is None or result.returncode == check, result.stdout + result.stderr
     return result
 

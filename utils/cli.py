@@ -145,11 +145,12 @@ def own_command(function: Callable, arguments: Sequence[str]) -> str:
     return shlex.join([*script, *arguments])
 
 
-def refuse_srun_alone(script: str, shares_work: bool) -> None:
+def refuse_srun_alone(command: Callable, arguments: Sequence[str], shares_work: bool) -> None:
     """Raise UsageError, with the line to use instead, if srun starts several processes and no torchrun joins them."""
     tasks, nodes = (int(os.environ.get(f"SLURM_{name}", 1)) for name in ("NTASKS", "NNODES"))
     if tasks == 1 or "RANK" in os.environ:
         return
+    script = own_command(command, arguments)
     line = f"srun --nodes=1 --ntasks=1 python {script}"
     if shares_work:
         line = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes={nodes} "
@@ -168,7 +169,7 @@ def run(parser: Parser, command: Callable, argv: Sequence[str] | None, *, shares
     try:
         with sigterm_as_an_exception():
             flags = parser.parse_args(arguments)
-            refuse_srun_alone(own_command(command, arguments), shares_work)
+            refuse_srun_alone(command, arguments, shares_work)
             with threads_of_torch(flags.num_threads):
                 command(flags)
         return 0
