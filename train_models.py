@@ -189,7 +189,7 @@ def build_loss(flags: argparse.Namespace, network: nn.Module) -> CELoss:
         raise UsageError(f"{name} must extend CELoss to be trained")
     if hidden := unregistered(loss):
         remedy = "use nn.Parameter or nn.ParameterList for tensors, a submodule or nn.ModuleList for networks"
-        raise UsageError(f"{name} would neither train nor save {hidden[0]}; {remedy}")
+        raise UsageError(f"{name} would neither train nor save {min(hidden)}; {remedy}")
     return loss.to(flags.device)
 
 

@@ -87,7 +87,8 @@ def read_checkpoint(path: str | Path, model_arch: str | None = None) -> dict:
     content = read_file(Path(path))
     if isinstance(content, dict) and content.get("format") == FORMAT["format"]:
         check_own_format(content, path)
-        content["model"] = find_state_dict(content["model"], path)
+        if not is_state_dict(content["model"], object):  # a network's state may hold numbers and text, too
+            raise UserError(f"{path}: holds no state_dict of its network; {REMEDY}")
     elif model_arch in (None, *model_architecture):
         content = convert_reference_checkpoint(find_state_dict(content, path), path)
         if model_arch == content["model_arch"] + "lowbeta":  # the reference does not record the activation's sharpness
@@ -285,7 +286,8 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
     """The state_dict under the names of the model's own, if only the segments of wrappers tell them apart.
 
     As a layer of the model may itself be called "net", every choice of segments to do without is tried, also without
-    those that all keys begin with. The first that fits best is taken. AveragedModel's n_averaged is passed over.
+    those that all keys of the file, or all of the model, begin with. The first that fits best is taken. AveragedModel's
+    n_averaged is passed over.
     BatchNorm's num_batches_tracked may be missing, as in old files.
 
     Raises:
@@ -295,13 +297,14 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
         return state
     keys = [key for key in state if key in own or not key.endswith("n_averaged")]
 
-    def pairs(shared: bool, number: str, choice: Iterable[str]) -> dict[str, str]:  # the model's key -> the file's
-        theirs, ours = (bare_names(names, [*TORCH_SEGMENTS, number, *choice], shared) for names in (keys, own))
+    def pairs(shared: Iterable[str], number: str, choice: Iterable[str]) -> dict[str, str]:  # own key -> the file's
+        segments = [*TORCH_SEGMENTS, number, *choice]
+        theirs, ours = bare_names(keys, segments, shared is keys), bare_names(own, segments, shared is own)
         return {key: theirs[bare] for bare, key in ours.items() if bare in theirs}
 
     sizes = range(len(WRAPPER_SEGMENTS) + 1)
     choices = [choice for size in sizes for choice in combinations(WRAPPER_SEGMENTS, size)]
-    found = max((pairs(*attempt) for attempt in product((False, True), ("", "0", "1"), choices)), key=len)
+    found = max((pairs(*attempt) for attempt in product(((), keys, own), ("", "0", "1"), choices)), key=len)
     missing, used = [key for key in own if key not in found], set(found.values())
     unexpected = [key for key in keys if key not in used]
     if unexpected or not all(key.endswith("num_batches_tracked") for key in missing):

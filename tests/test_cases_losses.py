@@ -258,7 +258,7 @@ def hidden_in(loss: CELoss, **attributes) -> CELoss:
 def test_what_would_be_neither_trained_nor_saved(attribute, found):
     loss = CELoss(network(2, 16))
     own = {"layers": list(loss.model.modules()), "own": dict(loss.model.named_parameters())}
-    assert unregistered(hidden_in(loss, x=attribute, **own)) == found
+    assert sorted(unregistered(hidden_in(loss, x=attribute, **own))) == found
 
 
 class LateLoss(CELoss):
@@ -271,12 +271,13 @@ class LateLoss(CELoss):
 
 
 class LateWeightLoss(CELoss):
-    """Its weight is made in the first step; the images and what is computed from them may be kept."""
+    """Its weights, as many as the images, are made in the first step; images and what is made of them may be kept."""
 
     def compute_loss(self, input, target):
-        self.kept = {"input": with_input_gradient(input)}
+        self.kept = {"input": with_input_gradient(input), "c": nn.MSELoss()}
+        self.kept["delta"] = torch.zeros(1, requires_grad=True)
         self.kept["logits"] = self.model(self.kept["input"])
-        self.weights = getattr(self, "weights", [torch.ones(3, requires_grad=True)])
+        self.weights = getattr(self, "weights", [torch.ones(len(input), requires_grad=True)])
         return super().compute_loss(input, target) + self.weights[0].sum() * self.kept["logits"].square().mean()
 
 

@@ -81,31 +81,30 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
     return initial * 0.1 ** sum(0 < milestone < epoch for milestone in (first, second))
 
 
-def unregistered(loss: CELoss, batch_size: int | None = None) -> list[str]:
-    """Where a loss keeps modules, or tensors that require a gradient, that nn.Module does not know as its own.
+def unregistered(loss: CELoss) -> dict[str, Tensor | nn.Module]:
+    """What nn.Module does not know as the loss's own: modules with a state, and tensors that require a gradient.
 
-    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not. After a step
-    on ``batch_size`` examples, what was computed is passed over, and so are leaves of that length: the images, say.
+    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not. Each comes
+    under the name of where the loss keeps it.
     """
     known = {id(part) for part in (*loss.parameters(), *loss.modules())}
 
-    def hidden(name: str, value) -> Iterator[str]:
+    def hidden(name: str, value) -> Iterator[tuple[str, Tensor | nn.Module]]:
         if isinstance(value, (list, tuple, dict)):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from hidden(f"{name}[{key!r}]", item)
         elif id(value) not in known:
-            trained = isinstance(value, Tensor) and value.requires_grad and value.shape[:1] != (batch_size,)
             # what a submodule computed from its parameters, as the old weight_norm does, is no leaf
-            trained = trained and (value.is_leaf or (batch_size is None and "." not in name))
-            if trained or isinstance(value, nn.Module):
-                yield name
+            trained = isinstance(value, Tensor) and value.requires_grad and (value.is_leaf or "." not in name)
+            if trained or (isinstance(value, nn.Module) and value.state_dict()):
+                yield name, value
 
-    found = []
+    found = {}
     for path, part in loss.named_modules():
         own = vars(part) | part._buffers if path.split(".")[0] != "model" else {}
         for name in own.keys() - vars(nn.Module()).keys():
-            found += hidden(f"{path}.{name}".lstrip("."), own[name])
-    return sorted(found)
+            found |= hidden(f"{path}.{name}".lstrip("."), own[name])
+    return found
 
 
 def own_state(loss: CELoss) -> dict:
@@ -129,20 +128,22 @@ class TrainingStep:
         # a buffer that is None may be filled later
         self.keys |= {f"{path}.{name}".lstrip(".") for path, m in loss.named_modules() for name in m._buffers}
         self.names: list[str] | None = None  # of the loss's terms
+        self.made: dict[str, Tensor | nn.Module] = {}  # what the first step left in plain attributes
 
     def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> dict[str, Tensor | float]:
         total, terms = self.loss(images, labels), self.loss.terms
-        self.check(total, terms, len(images))
+        self.check(total, terms)
         (total * weight).backward()
         sum_gradients(self.loss)
         if all(parameter.grad is None for parameter in self.loss.parameters()):
             self.refuse(f"returned a tensor that depends on no parameter; {MINIMIZED}")
         return {"train_loss": total.detach(), **terms}
 
-    def check(self, total: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
+    def check(self, total: Tensor, terms: dict[str, Tensor]) -> None:
         """Raise UserError unless the loss is something to minimize, with terms that can be columns of the metrics.
 
-        Nor may the first step make state of the loss: the optimizer and --resume would not know it.
+        Nor may the first step make state of the loss: the optimizer and --resume would not know it. State is what the
+        second step finds as it was; images or an attack's start, say, are others in each step.
         """
         if not isinstance(total, Tensor):
             self.refuse(f"returned a {type(total).__name__}; {MINIMIZED}")
@@ -150,10 +151,16 @@ class TrainingStep:
             self.refuse(f"returned a tensor of shape {tuple(total.shape)}; {MINIMIZED}")
         if not total.requires_grad:
             self.refuse(f"returned a tensor without gradient; {MINIMIZED}")
+        created = ()
         if self.names is None:
-            self.names = list(terms)
-            if created := sorted(own_state(self.loss).keys() - self.keys) + unregistered(self.loss, batch_size):
-                self.refuse(f"creates {created[0]}, neither trained nor resumed; create it in the constructor")
+            self.names, created = list(terms), own_state(self.loss).keys() - self.keys
+            parts = unregistered(self.loss).items()
+            self.made = {name: part for name, part in parts if isinstance(part, nn.Module) or part.is_leaf}
+        elif self.made:
+            created = [name for name, part in unregistered(self.loss).items() if self.made.get(name) is part]
+            self.made = {}
+        if created:
+            self.refuse(f"creates {min(created)}, neither trained nor resumed; create it in the constructor")
         if taken := [name for name in terms if name in COLUMNS]:
             self.refuse(f"sets metadata in which {taken[0]!r} is a column of the metrics already; rename it")
         if list(terms) != self.names:
@@ -240,7 +247,8 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
 # what PyTorch's refusal says -> what may help
 REMEDIES = {
     "deterministic": "--no-strong-determinism-wanted may help",
-    "compile": "leave torch.compile out of it",
+    "was compiled": "leave torch.compile out of it",
+    "torch.compile": "leave torch.compile out of it",
     "leaf Variable that requires grad": "change its input nowhere in place: inplace=False in the first layer",
     "used in the graph": "remove any no_grad or detach from its forward",
 }

@@ -147,7 +147,7 @@ def own_command(function: Callable, arguments: Sequence[str]) -> str:
 
 def refuse_srun_alone(command: Callable, arguments: Sequence[str], shares_work: bool) -> None:
     """Raise UsageError, with the line to use instead, if srun starts several processes and no torchrun joins them."""
-    tasks, nodes = (int(os.environ.get(f"SLURM_{name}", 1)) for name in ("NTASKS", "NNODES"))
+    tasks, nodes = (int(os.environ.get(f"SLURM_{name}") or 1) for name in ("NTASKS", "NNODES"))
     if tasks == 1 or "RANK" in os.environ:
         return
     script = own_command(command, arguments)
