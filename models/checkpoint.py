@@ -255,8 +255,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path, n
         state = align(state, own_state, path, name)
         for key, own in own_state.items():
             found = state.get(key, own)
-            if isinstance(own, Tensor) and own.is_floating_point() != found.is_floating_point():
-                raise TypeError(f"{key} is of {found.dtype}")
+            if not isinstance(own, Tensor):
+                continue  # extra state, of any kind
+            if not isinstance(found, Tensor) or own.is_floating_point() != found.is_floating_point():
+                raise TypeError(f"{key} is of {getattr(found, 'dtype', type(found).__name__)}")
         weights = [(key, weight) for key, weight in model.named_parameters() if weight.is_floating_point()]
         pairs = {(weight.dtype, state.get(key, weight).dtype) for key, weight in weights}
         dtypes = {torch.promote_types(*pair) for pair in pairs}
