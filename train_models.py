@@ -160,8 +160,6 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
     try_forward(network, images, num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):
         check_training(network, images, num_classes, flags.model_arch)
-        # old weight_norm keeps a weight with a graph, which a loss could not copy: in eval mode it computes one without
-        try_forward(network, images, num_classes, flags.model_arch)
     if flags.measure_curvature:
         check_model(network, to_pixels(data.test.images[:EXAMPLES_TO_CHECK]), num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):  # after check_model, to which the logits' dtype tells their rounding
@@ -202,10 +200,11 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
         metrics.append(train_one_epoch(flags, epoch, data, step, optimizer))
         if distributed.rank() == 0:
-            remark = remark_on_chance(metrics[-1], data)
+            told = epoch in (3, flags.num_epochs)  # time to learn something, and to stop what learns nothing
+            remark = remark_on_chance(metrics[-1], data) if told else None
             run.record(metrics, loss, optimizer, remark)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
-            if remark and epoch in (3, flags.num_epochs):  # time to learn something, and to stop what learns nothing
+            if remark:
                 print(remark, flush=True)
     write_report(run, metrics, loss.model)
     print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
@@ -263,7 +262,7 @@ def how_to_go_on(arguments: Sequence[str], start_again: bool) -> str:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     aim, flag = ("start again", "--overwrite") if start_again else ("go on after the last finished epoch", "--resume")
-    return f"to {aim}: {shlex.join([*launcher, str(Path(__file__)), *again, flag])}"
+    return f"to {aim}: {shlex.join(launcher)} {cli.own_command(how_to_go_on, [*again, flag])}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

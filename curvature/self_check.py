@@ -19,6 +19,8 @@ from utils.errors import UserError, one_line
 from utils.numerics import RTOL, frozen_in_eval, same, tensors
 
 TF32_EPS = 2**-10
+# what PyTorch's refusal to differentiate what is compiled says -> what helps
+COMPILED = dict.fromkeys(("was compiled", "torch.compile"), "leave torch.compile out of it")
 Calls = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]  # (layer, its how many-th call): inputs and outputs
 
 
@@ -90,7 +92,7 @@ def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, 
                 # not grad(), which leaves out in silence what comes through a once_differentiable function
                 gradient.sum().backward()
         except Exception as error:
-            remedy = "leave torch.compile out of it" if "compile" in str(error) else "use layers that can"
+            remedy = next((known for words, known in COMPILED.items() if words in str(error)), "use layers that can")
             raise UserError(f"{name}: cannot be differentiated twice ({one_line(error)}); {remedy}") from error
     if gradient is None or not gradient.any():
         raise UserError(

@@ -2,7 +2,7 @@
 
 A checkpoint of ours is one torch file of plain values, loaded with weights_only: format "lcnn", version 1;
 model_arch, lcnn (whether --lcnn made that low-curvature), dataset, num_classes, image_size, class_names, flags; data
-(their fingerprint); epoch (the last one done), metrics (a dict for each epoch), remark (on that epoch, or None), model
+(their fingerprint); epoch (the last one done), metrics (a dict for each epoch), remark (on the last, or None), model
 (state_dict), loss (state_dict, without the network's), and, until the run is finished, optimizer (state_dict).
 """
 

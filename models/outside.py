@@ -205,6 +205,8 @@ def check_training(model: nn.Module, images: Tensor, num_classes: int, name: str
             raise UserError(f"{name}: gives logits without gradient in training; remove any no_grad or detach")
     finally:
         model.zero_grad()
+        # the old weight_norm keeps a weight with a graph, which could not be copied; this gives it one without
+        try_forward(model, images, num_classes, name)
         for module, key, buffer in unsaved:
             module._buffers[key] = buffer
         with explained(f"{name}: its state cannot be loaded again", "mend its state_dict or load_state_dict"):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvature.self_check import COMPILED
 from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import OUR_NETWORKS
@@ -247,8 +248,7 @@ def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: I
 # what PyTorch's refusal says -> what may help
 REMEDIES = {
     "deterministic": "--no-strong-determinism-wanted may help",
-    "was compiled": "leave torch.compile out of it",
-    "torch.compile": "leave torch.compile out of it",
+    **COMPILED,
     "leaf Variable that requires grad": "change its input nowhere in place: inplace=False in the first layer",
     "used in the graph": "remove any no_grad or detach from its forward",
 }

@@ -62,7 +62,6 @@ positive_int = number(int, 1)
 positive_float = number(float, 0, exclusive=True)
 nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
-seed = number(int, 0, 2**31)
 
 
 def pixel_distance(text: str) -> float:
@@ -104,7 +103,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, cpu_only: bool = False)
         flag("--device", type=device, default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if any")
     threads = "CPU threads (default: torch's choice); one is often fastest for small networks"
     flag("--num-threads", type=positive_int, help=threads)
-    flag("--prng-seed", "--prng_seed", "--seed", type=seed, default=1729, help="seed of everything random")
+    names, seed = ("--prng-seed", "--prng_seed", "--seed"), number(int, 0, 2**31)
+    flag(*names, type=seed, default=1729, help="seed of everything random")
     return group
 
 
