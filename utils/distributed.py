@@ -10,6 +10,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Imported now, because its default arguments hold the group there is at that moment, and an optimizer imports it later.
+# The group would outlive its end, and a thread of gloo that frees tensors while the interpreter exits may abort that.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from utils.errors import UsageError, UserError, one_line
