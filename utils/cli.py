@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -90,8 +89,6 @@ def device(text: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try cpu") from None
-    if chosen.type == "meta":
-        raise argparse.ArgumentTypeError("'meta' holds no numbers; try cpu")
     return chosen
 
 
@@ -124,9 +121,6 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 @contextmanager
 def sigterm_as_an_exception() -> Iterator[None]:
     """Raise Terminated on SIGTERM, as KeyboardInterrupt is on Ctrl-C: files under way are cleaned up."""
-    if threading.current_thread() is not threading.main_thread():  # who alone may set a handler
-        yield
-        return
 
     def terminate(*_) -> None:
         raise Terminated

@@ -13,11 +13,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a temporary neighbour of path, then put it in path's place in one step.
 
     Whoever reads path finds the old content or the new, never a part; if anything fails the old one stays.
-
-    Raises:
-        UserError: if the disk or the folder does not take it.
     """
-    temporary = path.with_name(temporary_name(path, str(os.getpid())))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -32,13 +29,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def temporary_name(path: Path, process: str) -> str:
-    return f".{path.name}.{process}.tmp"
-
-
 def remove_leftovers(path: Path) -> None:
     """Delete what processes that were killed while they wrote path left beside it. None may be writing it now."""
-    for temporary in path.parent.glob(temporary_name(Path(glob.escape(path.name)), "*")):
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
 

@@ -31,12 +31,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def training_settings(precision: str = "fp32", deterministic: bool = True) -> Iterator[None]:
-    """All that training sets for the whole process, put back afterwards.
-
-    Args:
-        precision: with "tf32", matrix products and convolutions read their float32 inputs to 10 bits.
-        deterministic: forbid operations whose result can differ between runs.
-    """
+    """All that training sets for the whole process, put back afterwards."""
     attention = sdpa_kernel(SDPBackend.MATH)  # as it is measured; fused attention cannot be differentiated twice
     with tf32_allowed(precision == "tf32"), determinism(deterministic), denormals_flushed(), attention:
         yield
@@ -57,7 +52,7 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic operations alone, or the fastest kernels, whatever their last bits."""
+    """Only operations whose result is the same in every run, or the fastest kernels, whatever their last bits."""
     memory = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
