@@ -36,7 +36,6 @@ from training.epoch import (
     evaluate,
     failures_in_one_line,
     learning_rate,
-    set_batchnorm_momentum,
     train_epoch,
     unregistered,
 )
@@ -60,8 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = group.add_argument
     flag("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     flag("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
-    size = "resize to this, for ours a multiple of 16 (default: 32; digits 16)"
-    flag("--image-size", type=cli.positive_int, help=size)
+    flag("--image-size", type=cli.positive_int, help="resize to this; ours: a multiple of 16 (default: 32; digits 16)")
 
     flag = parser.add_argument_group("recipe").add_argument
     flag("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
@@ -77,14 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     minimal = "weight decay on beta, for the minimal recipe with gnorm and a ...softplus network"
     flag("--beta-weight-decay", type=cli.nonnegative_float, default=0.0, help=minimal)
     flag("--augment", action=on_off, default=True, help="random crops and flips (default: on)")
-    statistics = "of BatchNorm's statistics (default: the network's own; ours have 0.1)"
-    flag("--bn-momentum", type=cli.fraction, help=statistics)
+    flag("--bn-momentum", type=cli.fraction, help="of BatchNorm's statistics (default: the network's; ours have 0.1)")
     first = "set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)"
     flag("--calibrate-batchnorm", action=on_off, default=False, help=first)
 
     flag = parser.add_argument_group("adversarial training").add_argument
-    moved = "train on images moved by PGD, with any loss (default: off)"
-    flag("--adversarial-training", action=on_off, default=False, help=moved)
+    flag("--adversarial-training", action=on_off, default=False, help="on images moved by PGD (default: off)")
     flag("--adv-norm", choices=NORMS, default="l2", help="norm of the attack")
     flag("--adv-eps", type=cli.pixel_distance, default=0.1, help="its radius; may be a fraction")
     flag("--adv-steps", type=cli.positive_int, default=3, help="its gradient steps")
@@ -93,8 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("watching").add_argument
     measuring = "add the mean curvature of N test images to each epoch's metrics"
     flag("--measure-curvature", type=cli.positive_int, metavar="N", help=measuring)
-    keeping = "keep the checkpoint of every K-th epoch, as ..._epoch<k>.pt"
-    flag("--save-every", type=cli.positive_int, metavar="K", help=keeping)
+    flag("--save-every", type=cli.positive_int, metavar="K", help="keep every K-th epoch, as ..._epoch<k>.pt")
 
     group = parser.add_argument_group("files")
     flag, existing = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -120,18 +115,15 @@ def check_flags(flags: argparse.Namespace) -> None:
 def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
-    Args:
-        arguments: the command line, if train_models.py is it; in an interruption, the one that goes on is printed.
-
-    Raises:
-        UserError: on flags, files or data that do not do; what was saved before stays.
+    If ``arguments``, train_models.py's command line, are given, an interruption prints the one that goes on.
     """
     check_flags(flags)
     settings = training_settings(flags.precision, flags.strong_determinism_wanted)
     with settings, open_run(flags, build_parser().parse_args([])) as run:
         try:
-            if not run.is_finished or run.data_moved:
-                data = load_dataset(flags.dataset, flags.data_dir, run.image_size, flags.download).to(flags.device)
+            if not run.is_finished or run.saved["flags"].get("data_dir") != run.flags["data_dir"]:
+                size = run.flags["image_size"]
+                data = load_dataset(flags.dataset, flags.data_dir, size, flags.download).to(flags.device)
                 run.check_data(data)
             if run.is_finished:
                 print(f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}")
@@ -139,7 +131,7 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
                     print(remark)
                 write_report(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
             else:
-                train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data, run)))
+                train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data)))
         except KeyboardInterrupt:
             if arguments is not None:
                 print(f"\n{how_to_go_on(arguments, start_again=run.replaces)}")
@@ -147,11 +139,11 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
     return run.checkpoint
 
 
-def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) -> nn.Module:
+def build_trained_network(flags: argparse.Namespace, data: ImageData) -> nn.Module:
     """The network to train, on its device, with its first weights, from which the loss may keep what it likes."""
     seed_everything(flags.prng_seed)
     num_classes = len(data.class_names)
-    network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn)
+    network = build_network(flags.model_arch, num_classes, data.train.images.shape[-1], flags.lcnn)
     if (dtype := next(network.parameters(), torch.empty(0)).dtype) != torch.float32:
         print(f"{flags.model_arch}: weights of {dtype} are trained in float32")
         network.float()
@@ -164,8 +156,9 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
         check_model(network, to_pixels(data.test.images[:EXAMPLES_TO_CHECK]), num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):  # after check_model, to which the logits' dtype tells their rounding
         network.register_forward_hook(lambda module, inputs, logits: logits.float())  # it may have autocast inside
-    if flags.bn_momentum:
-        set_batchnorm_momentum(network, flags.bn_momentum)
+    for module in network.modules() if flags.bn_momentum else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = flags.bn_momentum
     if flags.calibrate_batchnorm:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(flags.prng_seed))
         calibrate_batchnorm(network, to_pixels(data.train.images[order[:CALIBRATION_IMAGES].to(flags.device)]))
@@ -245,8 +238,7 @@ def train_one_epoch(
     test_loss, test_accuracy = evaluate(loss.model, data.test, evaluation_batch)
     row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}
     if not all(math.isfinite(value) for value in row.values()):
-        remedy = "nothing of it was saved. A smaller --lr may help"
-        raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; {remedy}")
+        raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; it was not saved. A smaller --lr may help")
     if flags.measure_curvature:
         if taken := terms.keys() & QUANTITIES.keys():
             problem = f"--measure-curvature: {type(loss).__name__} has a term {min(taken)!r}, the name of its column"

@@ -28,11 +28,7 @@ def project(delta: Tensor, norm: str, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PGD:
-    """Steps of projected gradient ascent on the cross-entropy.
-
-    Raises:
-        ValueError: on an unknown norm, or numbers that are not positive.
-    """
+    """Steps of projected gradient ascent on the cross-entropy."""
 
     norm: str  # of NORMS
     eps: float  # radius of the ball, in units of pixels in [0, 1]
@@ -77,10 +73,7 @@ def adversarial_images(
 ) -> Tensor:
     """What adversarial training trains on: the end of one climb from a random start, (N, ...) pixels in [0, 1].
 
-    Args:
-        model: attacked in eval mode, and left in the mode it was in.
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
+    The model is attacked in eval mode, and left in the mode it was in.
     """
     with frozen_in_eval(model):
         x = attack.random_start(images, generator)

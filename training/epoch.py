@@ -14,7 +14,7 @@ from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import OUR_NETWORKS
 from regularized_loss import CELoss
-from training.parallel import average_statistics, equalize, sum_gradients
+from training.parallel import average_statistics, equalize, sum_gradients, sum_together
 from utils import distributed
 from utils.errors import UserError, is_out_of_memory, one_line
 
@@ -57,18 +57,13 @@ def build_optimizer(
     return optimizer
 
 
-def load_optimizer_state(optimizer: torch.optim.SGD, state: dict, path: Path) -> None:
-    """Go on with the momenta in the optimizer's state of a checkpoint; UserError if they are of other parameters."""
+def load_optimizer_state(optimizer: torch.optim.SGD, state: dict) -> None:
+    """Go on with the momenta in the optimizer's state of a checkpoint, laid out as the weights are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        for index, theirs in state["state"].items():
-            own, momentum = optimizer.state[parameters[index]], theirs.get("momentum_buffer")
-            if momentum is not None:
-                own["momentum_buffer"].copy_(momentum.view_as(own["momentum_buffer"]))  # laid out as the weights are
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{path}: the optimizer's state does not fit ({one_line(error)}); start again, with --overwrite"
-        ) from error
+    for index, theirs in state["state"].items():
+        if (momentum := theirs.get("momentum_buffer")) is not None:
+            own = optimizer.state[parameters[index]]["momentum_buffer"]
+            own.copy_(momentum.view_as(own))
 
 
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
@@ -197,7 +192,8 @@ class FiniteSteps:
         terms = {name: term.float() for name, term in terms.items() if term.device == self.bad.device}
         terms["the gradient"] = norms.sum().float()
         self.names = list(terms)
-        values = distributed.summed_on_device(torch.stack(list(terms.values())))
+        values = torch.stack(list(terms.values()))
+        sum_together([values])
         self.steps.append(values)
         self.bad = torch.maximum(self.bad, 1 - values.isfinite().all().float())
         self.optimizer.found_inf = self.bad
@@ -296,13 +292,6 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
         correct += (logits.argmax(dim=1) == labels).sum()
     loss, correct = distributed.summed([float(loss), int(correct)])
     return loss / len(split), 100 * correct / len(split)
-
-
-def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:
-    """Set how much of each batch enters the running statistics; short low-curvature runs need more than 0.1."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = momentum
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ def average_statistics(loss: nn.Module, share: float) -> None:
 
 
 def sum_together(tensors: list[Tensor]) -> None:
-    """Each tensor becomes its sum over the processes, all of them sent at once."""
-    if tensors:
+    """Each tensor becomes its sum over the processes, all of them sent at once; nothing waits for a GPU."""
+    if tensors and world_size() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):

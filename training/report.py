@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -42,11 +43,12 @@ def count_parameters(loss: nn.Module) -> str:
 
 def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: nn.Module) -> str:
     """What is about to be trained, in words."""
+    size = run.flags["image_size"]
     processes = f"; {world_size()} processes" if world_size() > 1 else ""
     resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
     return (
         f"{flags.model_arch} ({count_parameters(loss)}) with {type(loss).__name__} on {flags.dataset}: "
-        f"{len(data.train)} training and {len(data.test)} test images of {run.image_size} x {run.image_size}, "
+        f"{len(data.train)} training and {len(data.test)} test images of {size} x {size}, "
         f"{len(data.class_names)} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
         f"{processes}{resumed}"
     )
@@ -87,12 +89,13 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
     with torch.no_grad():
         betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
         gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    bars = {"beta by activation": betas, "gamma by BatchNorm": gammas}
-    bars = {panel: values for panel, values in bars.items() if values}
-    measured = [name for name in QUANTITIES if name in metrics[0]]
-    penalties = [name for name in metrics[0] if name not in (*COLUMNS, *measured, "raw_loss")]
+    bars = {"beta by activation": betas} if betas else {}
+    bars |= {"gamma by BatchNorm": gammas} if gammas else {}
+    table = pd.DataFrame(metrics).set_index("epoch")
+    measured = [name for name in QUANTITIES if name in table]
+    penalties = [name for name in table if name not in (*COLUMNS, *measured, "raw_loss")]
     panels = {
-        "loss": [name for name in ("train_loss", "raw_loss", "test_loss") if name in metrics[0]],
+        "loss": [name for name in ("train_loss", "raw_loss", "test_loss") if name in table],
         "test accuracy, %": ["test_accuracy"],
         "unweighted penalty terms" if penalties else "learning rate": penalties or ["learning_rate"],
     }
@@ -100,9 +103,7 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
     figure, axes = new_figure(len(panels) + len(bars))
     figure.suptitle(title)
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            values = [row[name] for row in metrics]
-            axis.plot([row["epoch"] for row in metrics], values, marker=".", label=name.replace("_", " "))
+        axis.plot(table.index, table[names], marker=".", label=[name.replace("_", " ") for name in names])
         axis.set(xlabel="epoch", title=panel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()

@@ -27,16 +27,13 @@ MACHINE_FLAGS = {"device", "num_threads", "output_dir", "save_every", "download"
 class Run:
     """A run's files, what --resume found in them, and whether they are still those of the run that it replaces.
 
-    <arch>[_<regularizer>][_adversarial]_<dataset>.pt is written at the run's end, ....unfinished.pt after each epoch
-    before it, and ..._epoch<k>.pt after those that --save-every keeps. In package.module:callable a dot replaces the
-    colon, and --lcnn adds "lcnn".
+    docs/training.md, "What a run writes", says when each is written.
     """
 
     checkpoint: Path
     unfinished: Path
     metrics: Path
     picture: Path
-    image_size: int
     flags: dict  # what the checkpoint records of them
     save_every: int | None = None  # the checkpoint of every so many-th epoch is kept
     path: Path | None = None  # of the checkpoint to go on from
@@ -48,11 +45,6 @@ class Run:
     def is_finished(self) -> bool:
         """Whether the run was finished before it was opened."""
         return self.path == self.checkpoint
-
-    @property
-    def data_moved(self) -> bool:
-        """Whether the data are elsewhere than where the run that goes on was started."""
-        return self.saved["flags"].get("data_dir") != self.flags["data_dir"]
 
     def epoch_files(self) -> list[Path]:
         """The epochs' checkpoints that are there, this run's or those of one that it replaces."""
@@ -70,19 +62,15 @@ class Run:
             )
 
     def record(self, metrics: list[dict], loss: CELoss, optimizer: torch.optim.SGD, remark: str | None) -> None:
-        """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
+        """Save the epochs done so far, each a row of metrics, and a remark on the last.
 
-        Args:
-            metrics: a row for each epoch.
-            optimizer: its state is saved until the run is finished.
-            remark: what is to be said of the last epoch, also if the finished run is asked for again.
+        What a run replaces goes only now, when something is in its place.
         """
         epoch, kept = len(metrics), None
         # models/checkpoint.py says what each entry is
-        trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset")} | self.data
+        trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset", "image_size")} | self.data
         trained |= {"model": loss.model.state_dict(), "loss": own_state(loss)}
-        trained |= {"image_size": self.image_size, "flags": self.flags}
-        trained |= {"epoch": epoch, "metrics": metrics, "remark": remark}
+        trained |= {"flags": self.flags, "epoch": epoch, "metrics": metrics, "remark": remark}
         if self.save_every and epoch % self.save_every == 0:
             # before the epoch counts as done, so that a killed run keeps it when it goes on
             kept = self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
@@ -114,10 +102,10 @@ def name_run(flags: argparse.Namespace) -> Run:
     parts += ["adversarial"] if flags.adversarial_training else []
     name = "_".join([*parts, flags.dataset])
     paths = [flags.output_dir / f"{name}{end}" for end in (".pt", ".unfinished.pt", "_metrics.csv", ".png")]
-    image_size = flags.image_size or datasets[flags.dataset].image_size
     recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
-    recorded |= {"data_dir": str(Path(flags.data_dir).resolve()), "image_size": image_size}
-    return Run(*paths, image_size, recorded, flags.save_every)
+    recorded["image_size"] = flags.image_size or datasets[flags.dataset].image_size
+    recorded["data_dir"] = str(Path(flags.data_dir).resolve())
+    return Run(*paths, recorded, flags.save_every)
 
 
 @contextmanager
@@ -125,11 +113,7 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
     """The run that train_models.py's flags describe, with no other process at its files.
 
     Of several processes all have it, and the first reads and writes the files. A flag that did not exist when a run was
-    started had, in effect, its value in ``defaults``.
-
-    Raises:
-        UserError: if another process trains the run, or its files cannot be written or resumed.
-        UsageError: if a run is in the way, or was started with other flags.
+    started had, in effect, its value in ``defaults``. UserError if there is another run in the way, or at work.
     """
     run = name_run(flags)
     with ExitStack() as stack:
@@ -148,12 +132,11 @@ def only_process_of(run: Run) -> Iterator[None]:
     lock = filelock.FileLock(run.checkpoint.with_name(f".{run.checkpoint.name}.lock"), timeout=0)
     try:
         lock.acquire()
-    except filelock.Timeout as error:
-        problem = f"another process is training {run.checkpoint}; wait for it, or"
+    except (OSError, NotImplementedError) as error:  # from a held lock, or from some network file systems
+        problem = f"{lock.lock_file} cannot be locked ({one_line(error)});"
+        if isinstance(error, filelock.Timeout):
+            problem = f"another process is training {run.checkpoint}; wait for it, or"
         raise UserError(f"{problem} give another --output-dir") from error
-    except (OSError, NotImplementedError) as error:  # some network file systems
-        problem = f"{lock.lock_file} cannot be locked ({one_line(error)})"
-        raise UserError(f"{problem}; give another --output-dir") from error
     try:
         for file in (run.checkpoint, run.unfinished, run.metrics, run.picture):
             remove_leftovers(file)
@@ -173,10 +156,8 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
     if flags.resume and path:
         try:
             saved = read_checkpoint(path, flags.model_arch)
-        except UsageError:
-            raise
         except UserError as error:
-            raise UserError(f"{error}, or start again, with --overwrite") from error
+            raise type(error)(f"{error}, or start again, with --overwrite") from error
         check_same_flags(path, saved, run.flags, defaults)
         check_resumable(path, saved)
         return path, saved
@@ -233,8 +214,8 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
         fill_buffers(loss, own)
         state, of_loss = loss.state_dict(), own_state(loss)
         loss.load_state_dict({name: state[name] for name in state.keys() - of_loss.keys()} | own)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
+        load_optimizer_state(optimizer, run.saved["optimizer"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        problem = f"{run.path}: the state of its loss or optimizer does not fit ({one_line(error)})"
         raise UserError(f"{problem}; start again, with --overwrite") from error
-    load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
     return run.saved["metrics"]
