@@ -2,13 +2,8 @@
 
     python estimate_curvature.py --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
 
-Several files are measured on the same examples and compared side by side. Models of other projects:
-
-    python estimate_curvature.py --model-arch my_models:wideresnet --model-filename weights.pt --dataset cifar10
-
-From Python:
-
-    from estimate_curvature import estimate_curvature
+Several files are measured on the same examples and compared side by side. See docs/measuring.md, also for models of
+other projects and for use from Python.
 """
 
 import argparse
@@ -102,7 +97,7 @@ def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[pd.DataFram
 
 
 def report_layers(subject: Subject, results: pd.DataFrame) -> LayerTable | None:
-    """Print a low-curvature network layer by layer, with the largest curvature measured; its table, if it has one."""
+    """Print a low-curvature network layer by layer; returns its table, or None if it has none."""
     try:
         table = layer_table(subject.model)
     except ValueError as error:

@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
+    """Raise UsageError on flags that do not go together, before anything is loaded."""
     check_architecture_flags(flags)
     check_precision(flags.precision, flags.device)
 
@@ -140,7 +140,7 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
 
 
 def build_trained_network(flags: argparse.Namespace, data: ImageData) -> nn.Module:
-    """The network to train, on its device, with its first weights, from which the loss may keep what it likes."""
+    """The network to train, on its device, with its first weights."""
     seed_everything(flags.prng_seed)
     num_classes = len(data.class_names)
     network = build_network(flags.model_arch, num_classes, data.train.images.shape[-1], flags.lcnn)
@@ -248,7 +248,7 @@ def train_one_epoch(
 
 
 def how_to_go_on(arguments: Sequence[str], start_again: bool) -> str:
-    """The command that continues an interrupted run. One that was to replace another and saved nothing starts again."""
+    """The command that continues an interrupted run, or starts one again that has saved nothing."""
     launcher = [sys.executable]
     if distributed.world_size() > 1:  # torchrun, found or not
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]

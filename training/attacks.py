@@ -84,10 +84,7 @@ def adversarial_images(
 
 
 def adversarial_batches(model: nn.Module, batches: Iterable[Batch], attack: PGD) -> Iterator[Batch]:
-    """The batches, each image moved against the model as it is by then.
-
-    Random starts come from torch's global generator, which training seeds for each epoch.
-    """
+    """The batches, each image moved against the model as it is by then, from starts of torch's global generator."""
     for batch in batches:
         yield batch._replace(images=adversarial_images(model, batch.images, batch.labels, attack))
 

@@ -33,11 +33,11 @@ def build_optimizer(
     """
     log_betas = [m.log_beta for m in loss.model.modules() if isinstance(m, CenteredSoftplus)]
     log_gammas = [m.log_gamma for m in loss.model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    bends, of_model = {id(p) for p in log_betas + log_gammas}, {id(p) for p in loss.model.parameters()}
+    bends, of_model = set(log_betas + log_gammas), set(loss.model.parameters())
     groups = [
-        {"params": [p for p in loss.model.parameters() if id(p) not in bends], "weight_decay": weight_decay},
+        {"params": [p for p in loss.model.parameters() if p not in bends], "weight_decay": weight_decay},
         {"params": log_betas + log_gammas, "weight_decay": 0.0},
-        {"params": [p for p in loss.parameters() if id(p) not in of_model], "weight_decay": 0.0},
+        {"params": [p for p in loss.parameters() if p not in of_model], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=lr, momentum=momentum, fused=True)
     if momentum:
@@ -80,8 +80,7 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
 def unregistered(loss: CELoss) -> dict[str, Tensor | nn.Module]:
     """What nn.Module does not know as the loss's own: modules with a state, and tensors that require a gradient.
 
-    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not. Each comes
-    under the name of where the loss keeps it.
+    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not.
     """
     known = {id(part) for part in (*loss.parameters(), *loss.modules())}
 
@@ -113,7 +112,6 @@ def own_state(loss: CELoss) -> dict:
 class TrainingStep:
     """step(images, labels, weight) computes the loss of a batch, and the gradient of weight times it into every grad.
 
-    compute_loss takes the input gradient with create_graph: one backward pass gives the gradient of loss and penalty.
     The gradients, which must be None before, are summed over the processes, whose state starts as the first one's.
     The step returns ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
@@ -139,7 +137,7 @@ class TrainingStep:
         """Raise UserError unless the loss is something to minimize, with terms that can be columns of the metrics.
 
         Nor may the first step make state of the loss: the optimizer and --resume would not know it. State is what the
-        second step finds as it was; images or an attack's start, say, are others in each step.
+        second step finds as it was.
         """
         if not isinstance(total, Tensor):
             self.refuse(f"returned a {type(total).__name__}; {MINIMIZED}")
@@ -201,7 +199,7 @@ class FiniteSteps:
             self.raise_if_bad()
 
     def raise_if_bad(self) -> None:
-        """Raise NonFiniteStep, with the step and what went bad in it, if one was not finite. Waits for the device."""
+        """Raise NonFiniteStep, with what went bad, if a step was not finite. Waits for the device."""
         if self.bad.item():
             step, values = next((i, v) for i, v in enumerate(self.steps, start=1) if not v.isfinite().all())
             bad = [f"{name} {value:g}" for name, value in zip(self.names, values.tolist(), strict=True)]
@@ -212,9 +210,7 @@ class FiniteSteps:
 def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> dict[str, float]:
     """One pass of optimizer steps over batches; returns the means over the examples of what ``step`` returns.
 
-    Raises:
-        UserError: on a batch too small to train BatchNorm with.
-        NonFiniteStep: on a loss or gradient that is not finite, before the optimizer uses it.
+    NonFiniteStep on a loss or gradient that is not finite, before the optimizer uses it.
     """
     loss, model = step.loss, step.loss.model
     model.train()  # the rest of the loss, a teacher say, stays in the mode it is in
@@ -281,7 +277,7 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in percent on a split, un-augmented, the model left in eval mode."""
+    """Mean cross-entropy and accuracy in percent on a split; the model is left in eval mode."""
     model.eval()
     loss = torch.zeros((), device=split.images.device)
     correct = torch.zeros((), dtype=torch.int64, device=split.images.device)
@@ -298,8 +294,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
 def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
     """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.
 
-    Behind spectrally normalized convolutions the standard deviations are some hundredths, far from the initial 1.
-    Running averages take a hundred steps to get there, and until then the clip min(1, s gamma) moves.
+    docs/training.md, "Short low-curvature runs", says why.
     """
 
     def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:  # just before the layer is applied

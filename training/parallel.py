@@ -1,4 +1,4 @@
-"""Training on several processes: gradients, running statistics and the loss's state, the same on all of them."""
+"""Training on several processes: gradients, statistics and the loss's state, the same on all."""
 
 from itertools import chain
 
@@ -13,8 +13,7 @@ from utils.distributed import world_size
 def sum_gradients(loss: nn.Module) -> None:
     """Each gradient becomes its sum over the processes. A parameter that has none on any of them keeps none.
 
-    DistributedDataParallel would leave out what requires a gradient only later, but a loss may freeze and unfreeze
-    parameters at any step.
+    A loss may freeze and unfreeze parameters at any step, which DistributedDataParallel does not allow.
     """
     if world_size() == 1:
         return
@@ -30,8 +29,7 @@ def sum_gradients(loss: nn.Module) -> None:
 
 @torch.no_grad()
 def average_statistics(loss: nn.Module, share: float) -> None:
-    """Average the running statistics of every BatchNorm in training mode over the processes, weighted by their shares
-    of the batch."""
+    """Average BatchNorms' running statistics over the processes, weighted by their shares of the batch."""
     if world_size() == 1:
         return
     norms = [m for m in loss.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

@@ -57,8 +57,8 @@ def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: nn.Modu
 def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace) -> dict[str, float]:
     """Means over --measure-curvature test images: the images, and the numbers, of estimate_curvature.py's defaults.
 
-    The model and the settings of training are left as they are, and nothing is drawn from the global generators. Of
-    several processes each measures its share. NaN where no image enters the averages.
+    Training goes on as if it had not been measured. Of several processes each measures its share. NaN where no image
+    enters the averages.
     """
     batch_size = -(-min(BATCH_SIZE, flags.batch_size, flags.measure_curvature) // world_size())
     chosen = {"split": "test", "num_samples": flags.measure_curvature, "prng_seed": flags.prng_seed}
@@ -74,7 +74,7 @@ def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace)
 
 
 def remark_on_chance(row: dict[str, float], data: ImageData) -> str | None:
-    """What to try where a network tells the test images apart no better than chance, whatever its other numbers."""
+    """What to try where a network tells the test images apart no better than chance."""
     if not at_chance(row["test_accuracy"], data.test.labels.tolist()):
         return None
     return (

@@ -47,7 +47,7 @@ class Run:
         return self.path == self.checkpoint
 
     def epoch_files(self) -> list[Path]:
-        """The epochs' checkpoints that are there, this run's or those of one that it replaces."""
+        """The epochs' checkpoints that are there, this run's or a replaced one's."""
         name = re.compile(re.escape(self.checkpoint.stem) + r"_epoch\d+\.pt")
         return [path for path in self.checkpoint.parent.iterdir() if name.fullmatch(path.name)]
 

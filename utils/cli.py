@@ -1,4 +1,4 @@
-"""What the entry scripts' command lines share: flag types, one-line errors, exit codes, the device, the seed."""
+"""What the entry scripts' command lines share: flag types, one-line errors, exit codes."""
 
 import argparse
 import math
@@ -66,7 +66,7 @@ fraction = number(float, 0, 1, exclusive=True)
 def pixel_distance(text: str) -> float:
     """An argparse type: a positive number, or a fraction such as 8/255.
 
-    Images are 1 high: beyond 1e9 a distance would say nothing, and overflow where it is squared.
+    Pixels are at most 1: beyond 1e9 a distance would say nothing, and its square overflow.
     """
     try:
         value = float(Fraction(text))
@@ -78,13 +78,11 @@ def pixel_distance(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """An argparse type: "auto" (a GPU where there is one) or a torch device that works here."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    if text == "cuda" and torch.cuda.is_available():  # torchrun's processes take a GPU each
+    """An argparse type: "auto", a GPU if there is one, or a torch device that works here."""
+    if text in ("auto", "cuda") and torch.cuda.is_available():  # torchrun's processes take a GPU each
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        chosen = torch.device(text)
+        chosen = torch.device("cpu" if text == "auto" else text)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
@@ -120,7 +118,7 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def sigterm_as_an_exception() -> Iterator[None]:
-    """Raise Terminated on SIGTERM, as KeyboardInterrupt is on Ctrl-C: files under way are cleaned up."""
+    """Raise Terminated on SIGTERM: files under way are cleaned up as on Ctrl-C."""
 
     def terminate(*_) -> None:
         raise Terminated
@@ -153,10 +151,9 @@ def refuse_srun_alone(command: Callable, arguments: Sequence[str], shares_work: 
 
 
 def run(parser: Parser, command: Callable, argv: Sequence[str] | None, *, shares_work: bool = False) -> int:
-    """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C, 143
-    for SIGTERM.
+    """Parse argv, run the command, and return the exit code, as docs/training.md lists them.
 
-    An error a user can cause ends as one line on stderr. Others keep their traceback: they are ours to mend.
+    An error a user can cause ends as one line on stderr. Others keep their traceback.
     ``shares_work``: whether the processes of a torchrun share the command's work.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -28,8 +28,8 @@ LOST += ("remote process exited", "ncclRemoteError", "Watchdog")
 def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
     """Join the other processes, if torchrun started any; of what is printed, the first process's is shown.
 
-    gloo carries what lies on the CPU, NCCL what lies on GPUs. One may wait long for another's share; a process that
-    fails is noticed by torchrun, which ends the others. UserError if one has ended, or did not answer for the timeout.
+    gloo carries what lies on the CPU, NCCL what lies on GPUs. torchrun ends the others if one fails. UserError if one
+    has ended, or did not answer for the timeout.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for what names no device: streams, graphs
@@ -78,7 +78,7 @@ def own_share(items: list) -> list:
 
 
 def gather_shares(own: list) -> list:
-    """The whole list, in its order, from what every process made of each item of its own share; on every process."""
+    """On every process the whole list, in its order, from what each made of its own share."""
     if world_size() == 1:
         return own
     shares: list = [None] * world_size()
@@ -88,7 +88,7 @@ def gather_shares(own: list) -> list:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What make() returns on the first process, on every process: for files that only the first need have.
+    """On every process what make() returns on the first: for files that only the first need have.
 
     A UserError that make() raises is raised on the first process; the others end without a word.
     """

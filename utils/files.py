@@ -30,13 +30,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what processes that were killed while they wrote path left beside it. None may be writing it now."""
+    """Delete what killed processes left beside path. None may be writing it now."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
 def make_room(path: Path) -> None:
-    """Raise UserError unless path can be written, before the work it is to hold is done; its folder is made."""
+    """Make path's folder; UserError unless path can be written, before the work it is to hold is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
