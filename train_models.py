@@ -129,7 +129,9 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
                 print(f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}")
                 if remark := run.saved.get("remark"):
                     print(remark)
-                write_report(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
+                if distributed.rank() == 0:  # a kill may have come before them
+                    run.write_metrics(run.saved["metrics"])
+                    plot_training(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
             else:
                 train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data)))
         except KeyboardInterrupt:
@@ -199,15 +201,9 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
             if remark:
                 print(remark, flush=True)
-    write_report(run, metrics, loss.model)
-    print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
-
-
-def write_report(run: Run, metrics: list[dict], model: nn.Module) -> None:
-    """The metrics and the picture of a finished run; a kill may have come before them."""
     if distributed.rank() == 0:
-        run.write_metrics(metrics)
-        plot_training(run.picture, run.checkpoint.stem, metrics, model)
+        plot_training(run, metrics, loss.model)
+    print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
 
 
 def train_one_epoch(
@@ -241,8 +237,7 @@ def train_one_epoch(
         raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; it was not saved. A smaller --lr may help")
     if flags.measure_curvature:
         if taken := terms.keys() & QUANTITIES.keys():
-            problem = f"--measure-curvature: {type(loss).__name__} has a term {min(taken)!r}, the name of its column"
-            raise UsageError(f"{problem}; rename it")
+            raise UsageError(f"{type(loss).__name__} has a term {min(taken)!r}, as --measure-curvature has; rename it")
         row |= mean_curvature(loss.model, data, flags)
     return row | {"seconds": seconds, "images_per_second": len(data.train) / seconds}
 

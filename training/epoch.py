@@ -103,7 +103,7 @@ def unregistered(loss: CELoss) -> dict[str, Tensor | nn.Module]:
 
 
 def own_state(loss: CELoss) -> dict:
-    """The loss's own entries of its state_dict: all but the network's, which the losses in it may have again."""
+    """The entries of the loss's state_dict that are not the network's, which losses in it may have again."""
     network = set(loss.model.modules())
     shared = tuple(f"{path}." for path, part in loss.named_modules(remove_duplicate=False) if part in network)
     return {name: value for name, value in loss.state_dict().items() if not name.startswith(shared)}

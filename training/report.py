@@ -1,7 +1,6 @@
 """What a run tells: a line an epoch, and the picture it leaves beside its checkpoint."""
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -84,8 +83,8 @@ def remark_on_chance(row: dict[str, float], data: ImageData) -> str | None:
     )
 
 
-def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module) -> None:
-    """The curves of a run, from a dict per epoch, and for a low-curvature network beta and gamma by layer."""
+def plot_training(run: Run, metrics: list[dict], model: nn.Module) -> None:
+    """The curves of a run, and for a low-curvature network beta and gamma by layer."""
     with torch.no_grad():
         betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
         gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
@@ -101,7 +100,7 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
     }
     panels |= {"means over test images": measured} if measured else {}
     figure, axes = new_figure(len(panels) + len(bars))
-    figure.suptitle(title)
+    figure.suptitle(run.checkpoint.stem)
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         axis.plot(table.index, table[names], marker=".", label=[name.replace("_", " ") for name in names])
         axis.set(xlabel="epoch", title=panel)
@@ -111,4 +110,4 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         axis.set_yscale("log")
     for axis, (panel, values) in zip(axes[len(panels) :], bars.items(), strict=True):
         draw_bars(axis, panel, values)
-    save_figure(figure, path)
+    save_figure(figure, run.picture)

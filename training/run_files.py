@@ -19,16 +19,13 @@ from utils import distributed
 from utils.errors import UsageError, UserError, one_line
 from utils.files import make_room, remove_leftovers, write_atomically
 
-# flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
+# flags that say where and how to run, not what: they may differ when a run is resumed
 MACHINE_FLAGS = {"device", "num_threads", "output_dir", "save_every", "download", "resume", "overwrite"}
 
 
 @dataclass
 class Run:
-    """A run's files, what --resume found in them, and whether they are still those of the run that it replaces.
-
-    docs/training.md, "What a run writes", says when each is written.
-    """
+    """A run's files, which docs/training.md describes, and what --resume found in them."""
 
     checkpoint: Path
     unfinished: Path
@@ -52,7 +49,7 @@ class Run:
         return [path for path in self.checkpoint.parent.iterdir() if name.fullmatch(path.name)]
 
     def check_data(self, data: ImageData) -> None:
-        """Note the data; UsageError if the run that goes on was started on other images, classes or labels."""
+        """Note the data; UsageError if the run that goes on was started on others."""
         names = data.class_names
         self.data = {"num_classes": len(names), "class_names": names, "data": data.fingerprint()}
         if self.saved and any(self.saved.get(entry) != self.data[entry] for entry in ("class_names", "data")):
@@ -95,8 +92,13 @@ class Run:
         write_atomically(self.metrics, pd.DataFrame(metrics).to_csv(index=False).encode())
 
 
-def name_run(flags: argparse.Namespace) -> Run:
-    """The run that train_models.py's flags describe."""
+@contextmanager
+def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterator[Run]:
+    """The run that train_models.py's flags describe, with no other process at its files.
+
+    Of several processes all have it, and the first reads and writes the files. A flag that did not exist when a run was
+    started had, in effect, its value in ``defaults``. UserError if there is another run in the way, or at work.
+    """
     parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
     parts += [flags.regularizer] if flags.regularizer != "none" else []
     parts += ["adversarial"] if flags.adversarial_training else []
@@ -105,17 +107,7 @@ def name_run(flags: argparse.Namespace) -> Run:
     recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
     recorded["image_size"] = flags.image_size or datasets[flags.dataset].image_size
     recorded["data_dir"] = str(Path(flags.data_dir).resolve())
-    return Run(*paths, recorded, flags.save_every)
-
-
-@contextmanager
-def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterator[Run]:
-    """The run that train_models.py's flags describe, with no other process at its files.
-
-    Of several processes all have it, and the first reads and writes the files. A flag that did not exist when a run was
-    started had, in effect, its value in ``defaults``. UserError if there is another run in the way, or at work.
-    """
-    run = name_run(flags)
+    run = Run(*paths, recorded, flags.save_every)
     with ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(only_process_of(run)))
         run.path, run.saved = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
@@ -158,8 +150,7 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
             saved = read_checkpoint(path, flags.model_arch)
         except UserError as error:
             raise type(error)(f"{error}, or start again, with --overwrite") from error
-        check_same_flags(path, saved, run.flags, defaults)
-        check_resumable(path, saved)
+        check_resumable(path, saved, run.flags, defaults)
         return path, saved
     if not flags.overwrite:
         if path:
@@ -173,10 +164,10 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
     return None, None
 
 
-def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
-    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved.
+def check_resumable(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
+    """Raise UserError unless the run at ``path`` was started with these flags, and has a row of metrics an epoch.
 
-    A flag that is gone, such as the weight of a loss that was removed, is no obstacle.
+    Its data_dir may have moved. A flag that is gone, such as the weight of a loss that was removed, is no obstacle.
     """
     theirs = saved.get("flags")
     if theirs is None:
@@ -193,10 +184,6 @@ def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> No
             raise UsageError(
                 f"--resume: {path} was started {how} {its}, not {own}; give the same flags, or another --output-dir"
             )
-
-
-def check_resumable(path: Path, saved: dict) -> None:
-    """Raise UserError unless the checkpoint at ``path`` has a row of metrics for every epoch, to go on from."""
     rows, epoch = saved["metrics"], saved["epoch"]
     whole = len(rows) == epoch > 0 and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
     if not whole or not all(isinstance(value, (int, float)) for row in rows for value in row.values()):

@@ -16,8 +16,7 @@ def progress(
 ) -> Iterator:
     """Yield the items under a tqdm bar on a terminal; elsewhere print a plain line to stderr every 30 seconds.
 
-    Both give the rate. ``size`` says how many of the ``total`` units an item is. Of several processes the first shows
-    its progress.
+    ``size`` says how many of the ``total`` units an item is. Of several processes the first shows its progress.
     """
     first = rank() == 0
     start = last_line = time.monotonic()
