@@ -1,8 +1,6 @@
 """Train a standard or a low-curvature network, with any of the regularized losses.
 
-    python train_models.py --model-arch resnet18lcnn --regularizer curvature_and_gnorm --dataset cifar100
-
-Writes <output-dir>/<arch>[_<regularizer>]_<dataset>.pt, and beside it ..._metrics.csv and ....png.
+python train_models.py --model-arch resnet18lcnn --regularizer curvature_and_gnorm --dataset cifar100
 """
 
 import argparse
@@ -115,7 +113,7 @@ def check_flags(flags: argparse.Namespace) -> None:
 def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
-    If ``arguments``, train_models.py's command line, are given, an interruption prints the one that goes on.
+    With ``arguments``, train_models.py's command line, an interruption prints the one that goes on.
     """
     check_flags(flags)
     settings = training_settings(flags.precision, flags.strong_determinism_wanted)
@@ -214,7 +212,7 @@ def train_one_epoch(
     for part in loss.modules():
         if isinstance(part, CELoss):  # a loss may be made of others
             part.epoch, part.num_epochs, part.warmup_epochs = epoch, flags.num_epochs, flags.reg_warmup
-    # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
+    # what a loss draws at random resumes exactly, too; each process draws its own
     seed_everything(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
     lr = learning_rate(flags.lr, epoch, flags.num_epochs)
     for group in optimizer.param_groups:
@@ -229,7 +227,7 @@ def train_one_epoch(
     with failures_in_one_line(flags.model_arch, loss, epoch):
         terms = train_epoch(step, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
     seconds = time.perf_counter() - start
-    # without gradients a batch takes a fraction of the memory that it takes in training
+    # without gradients a batch takes a fraction of the memory
     evaluation_batch = min(256, 4 * max(1, flags.batch_size // world_size))
     test_loss, test_accuracy = evaluate(loss.model, data.test, evaluation_batch)
     row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}

@@ -74,7 +74,7 @@ def load_cifar(class_name: str, data_dir: Path, size: int, download: bool) -> Im
     dataset = getattr(torchvision.datasets, class_name)
     files = [f"{dataset.base_folder}/{file}" for file, _ in dataset.train_list + dataset.test_list]
     with explained(class_name.lower(), data_dir, files, dataset.url, download):
-        train, test = (dataset(str(data_dir), train=split, download=download) for split in (True, False))
+        train, test = (dataset(data_dir, train=split, download=download) for split in (True, False))
     splits = (as_split(split.data, split.targets, size) for split in (train, test))
     return ImageData(*splits, class_names=list(train.classes), flip=True)
 
@@ -86,7 +86,7 @@ def load_svhn(data_dir: Path, size: int, download: bool) -> ImageData:
     dataset = torchvision.datasets.SVHN
     urls, files, _ = zip(*(dataset.split_list[split] for split in ("train", "test")), strict=True)
     with explained("svhn", data_dir, files, " and ".join(urls), download):
-        train, test = (dataset(str(data_dir), split=split, download=download) for split in ("train", "test"))
+        train, test = (dataset(data_dir, split=split, download=download) for split in ("train", "test"))
     splits = (as_split(split.data.transpose(0, 2, 3, 1), split.labels, size) for split in (train, test))
     # a mirrored digit is another symbol, but the reference flips SVHN too
     return ImageData(*splits, class_names=[str(digit) for digit in range(10)], flip=True)
@@ -167,7 +167,7 @@ datasets = {
 def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None, download: bool = False) -> ImageData:
     """The data set of this name, its files in torchvision's layout, or train/ and test/, under data_dir.
 
-    Without an image_size it has its own default. If files are missing or damaged, a UserError says how to get them.
+    If files are missing or damaged, a UserError says how to get them.
     """
     entry = datasets[name]
     with distributed.first_of_machine_first() if download else contextlib.nullcontext():

@@ -186,7 +186,7 @@ class FiniteSteps:
     def check(self, terms: dict[str, Tensor]) -> None:
         """To be called between the gradients of a step and the optimizer's step."""
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
-        # a term that was computed on the host is left out: to send it to the device would wait
+        # terms on the host are left out: to send them to the device would wait
         terms = {name: term.float() for name, term in terms.items() if term.device == self.bad.device}
         terms["the gradient"] = norms.sum().float()
         self.names = list(terms)

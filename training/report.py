@@ -1,10 +1,11 @@
 """What a run tells: a line an epoch, and the picture it leaves beside its checkpoint."""
 
 import argparse
+from functools import partial
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvature.estimate import estimate_curvature, prepared
 from curvature.results import QUANTITIES, averaged
@@ -54,21 +55,17 @@ def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: nn.Modu
 
 
 def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace) -> dict[str, float]:
-    """Means over --measure-curvature test images: the images, and the numbers, of estimate_curvature.py's defaults.
+    """Means over --measure-curvature test images, as estimate_curvature.py measures them by default.
 
-    Training goes on as if it had not been measured. Of several processes each measures its share. NaN where no image
-    enters the averages.
+    Training goes on as if nothing had been measured. NaN where no image enters the averages.
     """
     batch_size = -(-min(BATCH_SIZE, flags.batch_size, flags.measure_curvature) // world_size())
     chosen = {"split": "test", "num_samples": flags.measure_curvature, "prng_seed": flags.prng_seed}
     chosen = argparse.Namespace(**chosen, batch_size=batch_size)
     subject = Subject(flags.model_arch, flags.model_arch, model, flags.dataset, data)
     with denormals_flushed(False), autocast_taken_off(model), prepared(model) as network:
-
-        def columns(images: Tensor, labels: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
-            return estimate_curvature(network, images, labels, "lanczos", NUM_PRODUCTS, generator=generators).columns()
-
-        (results,) = for_examples(subject, chosen, columns)
+        of_batch = partial(estimate_curvature, network, num_iterations=NUM_PRODUCTS)
+        (results,) = for_examples(subject, chosen, lambda x, y, draw: of_batch(x, y, generator=draw).columns())
     return results.loc[averaged(results), list(QUANTITIES)].mean().to_dict()
 
 

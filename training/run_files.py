@@ -117,7 +117,7 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
 
 @contextmanager
 def only_process_of(run: Run) -> Iterator[None]:
-    """Hold the run's lock, which a process that dies lets go of; what one left half-written is removed."""
+    """Hold the run's lock, which a dying process lets go of; what one left half-written is removed."""
     folder = run.checkpoint.parent
     is_new = not folder.exists()
     make_room(run.checkpoint)
@@ -142,7 +142,7 @@ def only_process_of(run: Run) -> Iterator[None]:
 
 
 def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Path | None, dict | None]:
-    """Path and content of the checkpoint that --resume finds, or None twice; UsageError if a run is in the way."""
+    """Path and content of what --resume finds, or None twice; UsageError if a run is in the way."""
     # both are there if the run was killed just as it finished; its last epoch is then done again
     path = next((path for path in (run.unfinished, run.checkpoint) if path.exists()), None)
     if flags.resume and path:

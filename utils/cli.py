@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(convert: type, minimum: float, maximum: float | None = None, *, exclusive: bool = False) -> Callable:
-    """An argparse type: a finite int or float in [minimum, maximum] (or (minimum, maximum] with ``exclusive``)."""
+    """An argparse type: a finite number from minimum, or above it if ``exclusive``, to maximum."""
     bound = f"{'more than' if exclusive else 'at least'} {minimum}"
     bound += f" and at most {maximum}" if maximum is not None else ""
 
@@ -131,14 +131,14 @@ def sigterm_as_an_exception() -> Iterator[None]:
 
 
 def own_command(function: Callable, arguments: Sequence[str]) -> str:
-    """What goes behind "python" or "torchrun" to run the script that a function is of, with these arguments."""
+    """What goes behind "python" or "torchrun" to run a function's script with these arguments."""
     module = sys.modules[function.__module__]
     script = ["-m", module.__spec__.name] if module.__package__ else [module.__file__]
     return shlex.join([*script, *arguments])
 
 
 def refuse_srun_alone(command: Callable, arguments: Sequence[str], shares_work: bool) -> None:
-    """Raise UsageError, with the line to use instead, if srun starts several processes and no torchrun joins them."""
+    """Raise UsageError, with the line to use, if srun starts several processes without torchrun."""
     tasks, nodes = (int(os.environ.get(f"SLURM_{name}") or 1) for name in ("NTASKS", "NNODES"))
     if tasks == 1 or "RANK" in os.environ:
         return
