@@ -2,8 +2,7 @@
 
     python estimate_curvature.py --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
 
-Several files are measured on the same examples and compared side by side. See docs/measuring.md, also for models of
-other projects and for use from Python.
+Several files are measured on the same examples and compared side by side. docs/measuring.md has the rest.
 """
 
 import argparse
@@ -47,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
     flag("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
     flag("--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the trace, and more")
-    fold = "measure our networks with BatchNorm and spectral norm folded into the weights, faster (default: on)"
+    fold = "fold our networks' BatchNorm and spectral norm into the weights, faster (default: on)"
     flag("--fold", action=argparse.BooleanOptionalAction, default=True, help=fold)
 
     flag = parser.add_argument_group("output").add_argument

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--beta-weight-decay", type=cli.nonnegative_float, default=0.0, help=minimal)
     flag("--augment", action=on_off, default=True, help="random crops and flips (default: on)")
     flag("--bn-momentum", type=cli.fraction, help="of BatchNorm's statistics (default: the network's; ours have 0.1)")
-    first = "set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)"
+    first = "set BatchNorm statistics from one batch first; helps short LCNN runs (default: off)"
     flag("--calibrate-batchnorm", action=on_off, default=False, help=first)
 
     flag = parser.add_argument_group("adversarial training").add_argument

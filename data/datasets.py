@@ -53,10 +53,10 @@ def as_split(images: np.ndarray, labels, size: int) -> Split:
 
 @contextlib.contextmanager
 def explained(name: str, data_dir: Path, files: list[str], url: str, download: bool) -> Iterator[None]:
-    """Turn whatever torchvision raises into one line: what is missing or damaged, and how to get it."""
+    """Turn whatever torchvision raises into one line: what is wrong, and how to get it."""
     try:
         yield
-    except Exception as error:  # RuntimeError, URLError, UnpicklingError, scipy's MatReadError, ...
+    except Exception as error:  # RuntimeError, URLError, UnpicklingError, MatReadError, ...
         missing = [data_dir / file for file in files if not (data_dir / file).is_file()]
         if download:
             problem = f"could not be downloaded ({error}); get it elsewhere and"

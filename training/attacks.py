@@ -1,4 +1,4 @@
-"""Adversarial training's attack: the worst pixels within a small distance of an image, as far as gradients find them.
+"""Adversarial training's attack: the worst pixels near an image, as far as gradients find them.
 
 Projected gradient descent (PGD; Madry et al., ICLR 2018) climbs the cross-entropy inside the ball of radius eps around
 the image, in the l2 or the l-infinity norm, and inside [0, 1].
@@ -84,7 +84,7 @@ def adversarial_images(
 
 
 def adversarial_batches(model: nn.Module, batches: Iterable[Batch], attack: PGD) -> Iterator[Batch]:
-    """The batches, each image moved against the model as it is by then, from starts of torch's global generator."""
+    """The batches, each image moved against the model as it is by then, from random starts."""
     for batch in batches:
         yield batch._replace(images=adversarial_images(model, batch.images, batch.labels, attack))
 

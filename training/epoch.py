@@ -110,7 +110,7 @@ def own_state(loss: CELoss) -> dict:
 
 
 class TrainingStep:
-    """step(images, labels, weight) computes the loss of a batch, and the gradient of weight times it into every grad.
+    """step(images, labels, weight): the loss of a batch, and the gradient of weight times it in every grad.
 
     The gradients, which must be None before, are summed over the processes, whose state starts as the first one's.
     The step returns ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
@@ -134,7 +134,7 @@ class TrainingStep:
         return {"train_loss": total.detach(), **terms}
 
     def check(self, total: Tensor, terms: dict[str, Tensor]) -> None:
-        """Raise UserError unless the loss is something to minimize, with terms that can be columns of the metrics.
+        """Raise UserError unless the loss can be minimized, and its terms can be columns of the metrics.
 
         Nor may the first step make state of the loss: the optimizer and --resume would not know it. State is what the
         second step finds as it was.
@@ -175,7 +175,7 @@ class NonFiniteStep(Exception):
 class FiniteSteps:
     """From the first non-finite loss or gradient on, the fused optimizer skips its updates: ``found_inf`` is 1.
 
-    A GPU is asked once, when the epoch ends, so that no step waits for it. A CPU is asked at every step.
+    A GPU is asked once, when the epoch ends: no step waits for it. A CPU is asked at every step.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
@@ -250,7 +250,7 @@ REMEDIES = {
 def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[None]:
     """Say in one line why another project's network could not be trained.
 
-    A mistake in regularized_loss.py keeps its traceback, for its author, and so does all that goes wrong with ours.
+    A mistake in regularized_loss.py keeps its traceback, and so does all that goes wrong with ours.
     What autograd refuses there is the network's fault: a layer that cannot be differentiated twice.
     """
     name = type(loss).__name__
@@ -292,7 +292,7 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
 
 @torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
-    """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.
+    """Set BatchNorms' running statistics to those of one batch (n, 3, H, H), from the input on.
 
     docs/training.md, "Short low-curvature runs", says why.
     """

@@ -50,7 +50,7 @@ def sum_together(tensors: list[Tensor]) -> None:
 
 @torch.no_grad()
 def equalize(loss: nn.Module, average: bool = False) -> None:
-    """Every parameter and buffer becomes the first process's, or, with ``average``, the mean over the processes.
+    """Every parameter and buffer becomes the first process's, or with ``average`` the mean.
 
     What is equal on all processes keeps its bits. Integers become the first process's in either case.
     """

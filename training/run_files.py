@@ -59,31 +59,23 @@ class Run:
             )
 
     def record(self, metrics: list[dict], loss: CELoss, optimizer: torch.optim.SGD, remark: str | None) -> None:
-        """Save the epochs done so far, each a row of metrics, and a remark on the last.
-
-        What a run replaces goes only now, when something is in its place.
-        """
+        """Save the epochs done so far. What the run replaces goes only now, when something is in its place."""
         epoch, kept = len(metrics), None
         # models/checkpoint.py says what each entry is
         trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset", "image_size")} | self.data
         trained |= {"model": loss.model.state_dict(), "loss": own_state(loss)}
         trained |= {"flags": self.flags, "epoch": epoch, "metrics": metrics, "remark": remark}
         if self.save_every and epoch % self.save_every == 0:
-            # before the epoch counts as done, so that a killed run keeps it when it goes on
+            # before the epoch counts as done: a killed run keeps it, too
             kept = self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
             remove_leftovers(kept)
             save_checkpoint(kept, trained)
-        if epoch == self.flags["num_epochs"]:
-            save_checkpoint(self.checkpoint, trained)
-            self.unfinished.unlink(missing_ok=True)
-        else:
-            save_checkpoint(self.unfinished, trained | {"optimizer": optimizer.state_dict()})
-            if self.replaces:
-                self.checkpoint.unlink(missing_ok=True)
-                self.picture.unlink(missing_ok=True)
-        if self.replaces:
-            for stale in set(self.epoch_files()) - {kept}:
-                stale.unlink(missing_ok=True)
+        finished = epoch == self.flags["num_epochs"]
+        new = self.checkpoint if finished else self.unfinished
+        save_checkpoint(new, trained if finished else trained | {"optimizer": optimizer.state_dict()})
+        old = {self.checkpoint, self.picture, *self.epoch_files()} if self.replaces else set()
+        for path in (old | {self.unfinished}) - {new, kept}:
+            path.unlink(missing_ok=True)
         self.replaces = False
         self.write_metrics(metrics)
 
@@ -165,7 +157,7 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
 
 
 def check_resumable(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
-    """Raise UserError unless the run at ``path`` was started with these flags, and has a row of metrics an epoch.
+    """Raise UserError unless the run at ``path`` has these flags, and a row of metrics an epoch.
 
     Its data_dir may have moved. A flag that is gone, such as the weight of a loss that was removed, is no obstacle.
     """

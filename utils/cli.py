@@ -23,7 +23,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         if action.default is None or isinstance(action, argparse.BooleanOptionalAction):
-            return action.help  # some versions of Python add BooleanOptionalAction's default themselves: spelled out
+            return action.help  # some Pythons add BooleanOptionalAction's default: spelled out
         return super()._get_help_string(action)
 
 

@@ -27,7 +27,7 @@ def draw_bars(axis, title: str, values: list[float], names: list[str] | None = N
     """A bar for each layer, from input to output; numbered, or named below."""
     positions = range(1, len(values) + 1)
     axis.bar(positions, values)
-    # a log axis from a power of ten: one bar may be a hundred times another, and all need a foot to be compared
+    # a log axis, from a power of ten: bars may differ a hundredfold, and need a foot to be compared
     foot = 10.0 ** np.floor(np.log10(min(values)) - 1e-9)
     axis.set(xlabel="layer, input to output", yscale="log", ylim=(foot, 1.2 * max(values)))
     axis.set_title(title, fontsize=9)  # a model's name may be long

@@ -73,7 +73,7 @@ def determinism(wanted: bool) -> Iterator[None]:
 def denormals_flushed(flushed: bool = True) -> Iterator[None]:
     """Numbers below 1e-38 become 0. A smooth ReLU puts out many, and CPUs are slow with them.
 
-    Within this context, denormals_flushed(False) keeps them for a while. A thread inherits the setting from the thread
+    Within this context, denormals_flushed(False) keeps them for a while. A thread inherits the setting from the one
     that starts it. So both changes end torch's worker threads: the next operation starts others.
     """
     try:
