@@ -159,7 +159,7 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
 def check_resumable(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
     """Raise UserError unless the run at ``path`` has these flags, and a row of metrics an epoch.
 
-    Its data_dir may have moved. A flag that is gone, such as the weight of a loss that was removed, is no obstacle.
+    Its data_dir may have moved. A flag that is gone, such as a removed loss's weight, is no obstacle.
     """
     theirs = saved.get("flags")
     if theirs is None:

@@ -32,4 +32,4 @@ def draw_bars(axis, title: str, values: list[float], names: list[str] | None = N
     axis.set(xlabel="layer, input to output", yscale="log", ylim=(foot, 1.2 * max(values)))
     axis.set_title(title, fontsize=9)  # a model's name may be long
     if names:
-        axis.set_xticks(positions, names, rotation=90, fontsize=6)  # as small as resnet34's 36 names need to fit
+        axis.set_xticks(positions, names, rotation=90, fontsize=6)  # so that resnet34's 36 names fit
