@@ -2,13 +2,7 @@
 
     python estimate_curvature.py --model-filename saved_models/resnet18lcnn_curvature_and_gnorm_cifar100.pt
 
-Several files are measured on the same examples and compared side by side. Models of other projects:
-
-    python estimate_curvature.py --model-arch my_models:wideresnet --model-filename weights.pt --dataset cifar10
-
-From Python:
-
-    from estimate_curvature import estimate_curvature
+Several files are measured on the same examples and compared side by side. docs/measuring.md has the rest.
 """
 
 import argparse
@@ -52,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--batch-size", type=cli.positive_int, default=64, help="examples per Hessian-vector product")
     flag("--top-k", type=cli.positive_int, default=1, metavar="K", help="eigenvalues per example")
     flag("--trace-probes", type=cli.number(int, 0), default=0, metavar="M", help="products for the trace, and more")
-    fold = "measure our networks with BatchNorm and spectral norm folded into the weights, faster (default: on)"
+    fold = "fold our networks' BatchNorm and spectral norm into the weights, faster (default: on)"
     flag("--fold", action=argparse.BooleanOptionalAction, default=True, help=fold)
 
     flag = parser.add_argument_group("output").add_argument
@@ -102,7 +96,7 @@ def measure(subject: Subject, flags: argparse.Namespace) -> Iterator[pd.DataFram
 
 
 def report_layers(subject: Subject, results: pd.DataFrame) -> LayerTable | None:
-    """Print a low-curvature network layer by layer, with the largest curvature measured; its table, if it has one."""
+    """Print a low-curvature network layer by layer; returns its table, or None if it has none."""
     try:
         table = layer_table(subject.model)
     except ValueError as error:

@@ -1,8 +1,6 @@
 """Train a standard or a low-curvature network, with any of the regularized losses.
 
-    python train_models.py --model-arch resnet18lcnn --regularizer curvature_and_gnorm --dataset cifar100
-
-Writes <output-dir>/<arch>[_<regularizer>]_<dataset>.pt, and beside it ..._metrics.csv and ....png.
+python train_models.py --model-arch resnet18lcnn --regularizer curvature_and_gnorm --dataset cifar100
 """
 
 import argparse
@@ -36,7 +34,6 @@ from training.epoch import (
     evaluate,
     failures_in_one_line,
     learning_rate,
-    set_batchnorm_momentum,
     train_epoch,
     unregistered,
 )
@@ -60,8 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = group.add_argument
     flag("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     flag("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
-    size = "resize to this, for ours a multiple of 16 (default: 32; digits 16)"
-    flag("--image-size", type=cli.positive_int, help=size)
+    flag("--image-size", type=cli.positive_int, help="resize to this; ours: a multiple of 16 (default: 32; digits 16)")
 
     flag = parser.add_argument_group("recipe").add_argument
     flag("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
@@ -77,14 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     minimal = "weight decay on beta, for the minimal recipe with gnorm and a ...softplus network"
     flag("--beta-weight-decay", type=cli.nonnegative_float, default=0.0, help=minimal)
     flag("--augment", action=on_off, default=True, help="random crops and flips (default: on)")
-    statistics = "of BatchNorm's statistics (default: the network's own; ours have 0.1)"
-    flag("--bn-momentum", type=cli.fraction, help=statistics)
-    first = "set BatchNorm statistics from one batch before the first step; helps short LCNN runs (default: off)"
+    flag("--bn-momentum", type=cli.fraction, help="of BatchNorm's statistics (default: the network's; ours have 0.1)")
+    first = "set BatchNorm statistics from one batch first; helps short LCNN runs (default: off)"
     flag("--calibrate-batchnorm", action=on_off, default=False, help=first)
 
     flag = parser.add_argument_group("adversarial training").add_argument
-    moved = "train on images moved by PGD, with any loss (default: off)"
-    flag("--adversarial-training", action=on_off, default=False, help=moved)
+    flag("--adversarial-training", action=on_off, default=False, help="on images moved by PGD (default: off)")
     flag("--adv-norm", choices=NORMS, default="l2", help="norm of the attack")
     flag("--adv-eps", type=cli.pixel_distance, default=0.1, help="its radius; may be a fraction")
     flag("--adv-steps", type=cli.positive_int, default=3, help="its gradient steps")
@@ -93,8 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("watching").add_argument
     measuring = "add the mean curvature of N test images to each epoch's metrics"
     flag("--measure-curvature", type=cli.positive_int, metavar="N", help=measuring)
-    keeping = "keep the checkpoint of every K-th epoch, as ..._epoch<k>.pt"
-    flag("--save-every", type=cli.positive_int, metavar="K", help=keeping)
+    flag("--save-every", type=cli.positive_int, metavar="K", help="keep every K-th epoch, as ..._epoch<k>.pt")
 
     group = parser.add_argument_group("files")
     flag, existing = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -112,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Raise UsageError on flags that do not go together, as far as that can be told before anything is loaded."""
+    """Raise UsageError on flags that do not go together, before anything is loaded."""
     check_architecture_flags(flags)
     check_precision(flags.precision, flags.device)
 
@@ -120,26 +113,25 @@ def check_flags(flags: argparse.Namespace) -> None:
 def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
-    Args:
-        arguments: the command line, if train_models.py is it; in an interruption, the one that goes on is printed.
-
-    Raises:
-        UserError: on flags, files or data that do not do; what was saved before stays.
+    With ``arguments``, train_models.py's command line, an interruption prints the one that goes on.
     """
     check_flags(flags)
     settings = training_settings(flags.precision, flags.strong_determinism_wanted)
     with settings, open_run(flags, build_parser().parse_args([])) as run:
         try:
-            if not run.is_finished or run.data_moved:
-                data = load_dataset(flags.dataset, flags.data_dir, run.image_size, flags.download).to(flags.device)
+            if not run.is_finished or run.saved["flags"].get("data_dir") != run.flags["data_dir"]:
+                size = run.flags["image_size"]
+                data = load_dataset(flags.dataset, flags.data_dir, size, flags.download).to(flags.device)
                 run.check_data(data)
             if run.is_finished:
                 print(f"{run.checkpoint} is finished: {format_metrics(run.saved['metrics'][-1])}")
                 if remark := run.saved.get("remark"):
                     print(remark)
-                write_report(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
+                if distributed.rank() == 0:  # a kill may have come before them
+                    run.write_metrics(run.saved["metrics"])
+                    plot_training(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
             else:
-                train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data, run)))
+                train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data)))
         except KeyboardInterrupt:
             if arguments is not None:
                 print(f"\n{how_to_go_on(arguments, start_again=run.replaces)}")
@@ -147,11 +139,11 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
     return run.checkpoint
 
 
-def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) -> nn.Module:
-    """The network to train, on its device, with its first weights, from which the loss may keep what it likes."""
+def build_trained_network(flags: argparse.Namespace, data: ImageData) -> nn.Module:
+    """The network to train, on its device, with its first weights."""
     seed_everything(flags.prng_seed)
     num_classes = len(data.class_names)
-    network = build_network(flags.model_arch, num_classes, run.image_size, flags.lcnn)
+    network = build_network(flags.model_arch, num_classes, data.train.images.shape[-1], flags.lcnn)
     if (dtype := next(network.parameters(), torch.empty(0)).dtype) != torch.float32:
         print(f"{flags.model_arch}: weights of {dtype} are trained in float32")
         network.float()
@@ -164,8 +156,9 @@ def build_trained_network(flags: argparse.Namespace, data: ImageData, run: Run) 
         check_model(network, to_pixels(data.test.images[:EXAMPLES_TO_CHECK]), num_classes, flags.model_arch)
     if not isinstance(network, OUR_NETWORKS):  # after check_model, to which the logits' dtype tells their rounding
         network.register_forward_hook(lambda module, inputs, logits: logits.float())  # it may have autocast inside
-    if flags.bn_momentum:
-        set_batchnorm_momentum(network, flags.bn_momentum)
+    for module in network.modules() if flags.bn_momentum else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = flags.bn_momentum
     if flags.calibrate_batchnorm:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(flags.prng_seed))
         calibrate_batchnorm(network, to_pixels(data.train.images[order[:CALIBRATION_IMAGES].to(flags.device)]))
@@ -206,15 +199,9 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
             if remark:
                 print(remark, flush=True)
-    write_report(run, metrics, loss.model)
-    print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
-
-
-def write_report(run: Run, metrics: list[dict], model: nn.Module) -> None:
-    """The metrics and the picture of a finished run; a kill may have come before them."""
     if distributed.rank() == 0:
-        run.write_metrics(metrics)
-        plot_training(run.picture, run.checkpoint.stem, metrics, model)
+        plot_training(run, metrics, loss.model)
+    print(f"saved {run.checkpoint}, {run.metrics.name}, {run.picture.name}")
 
 
 def train_one_epoch(
@@ -225,7 +212,7 @@ def train_one_epoch(
     for part in loss.modules():
         if isinstance(part, CELoss):  # a loss may be made of others
             part.epoch, part.num_epochs, part.warmup_epochs = epoch, flags.num_epochs, flags.reg_warmup
-    # a loss that draws random numbers resumes as exactly as the rest; each process draws its own
+    # what a loss draws at random resumes exactly, too; each process draws its own
     seed_everything(epoch_seed(flags.prng_seed, epoch + 1_000_000 * distributed.rank()))
     lr = learning_rate(flags.lr, epoch, flags.num_epochs)
     for group in optimizer.param_groups:
@@ -240,23 +227,21 @@ def train_one_epoch(
     with failures_in_one_line(flags.model_arch, loss, epoch):
         terms = train_epoch(step, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))
     seconds = time.perf_counter() - start
-    # without gradients a batch takes a fraction of the memory that it takes in training
+    # without gradients a batch takes a fraction of the memory
     evaluation_batch = min(256, 4 * max(1, flags.batch_size // world_size))
     test_loss, test_accuracy = evaluate(loss.model, data.test, evaluation_batch)
     row = {"epoch": epoch, "learning_rate": lr, **terms, "test_loss": test_loss, "test_accuracy": test_accuracy}
     if not all(math.isfinite(value) for value in row.values()):
-        remedy = "nothing of it was saved. A smaller --lr may help"
-        raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; {remedy}")
+        raise UserError(f"epoch {epoch} ended with {format_metrics(row)}; it was not saved. A smaller --lr may help")
     if flags.measure_curvature:
         if taken := terms.keys() & QUANTITIES.keys():
-            problem = f"--measure-curvature: {type(loss).__name__} has a term {min(taken)!r}, the name of its column"
-            raise UsageError(f"{problem}; rename it")
+            raise UsageError(f"{type(loss).__name__} has a term {min(taken)!r}, as --measure-curvature has; rename it")
         row |= mean_curvature(loss.model, data, flags)
     return row | {"seconds": seconds, "images_per_second": len(data.train) / seconds}
 
 
 def how_to_go_on(arguments: Sequence[str], start_again: bool) -> str:
-    """The command that continues an interrupted run. One that was to replace another and saved nothing starts again."""
+    """The command that continues an interrupted run, or starts one again that has saved nothing."""
     launcher = [sys.executable]
     if distributed.world_size() > 1:  # torchrun, found or not
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]

@@ -38,12 +38,11 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """(n, 3, H, W) uint8 -> (n, 3, size, size) uint8, bilinear with antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
-    resized = images.new_empty(len(images), 3, size, size)
-    at_once = max(1, 2**22 // size**2)  # in float32 they take four times as much
-    for chunk, place in zip(images.split(at_once), resized.split(at_once), strict=True):
+    resized = []
+    for chunk in images.split(max(1, 2**22 // size**2)):  # in float32 they take four times as much
         values = F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
-        place.copy_(values.round_().clamp_(0, 255))
-    return resized
+        resized.append(values.round_().clamp_(0, 255).byte())
+    return torch.cat(resized)
 
 
 def as_split(images: np.ndarray, labels, size: int) -> Split:
@@ -54,20 +53,18 @@ def as_split(images: np.ndarray, labels, size: int) -> Split:
 
 @contextlib.contextmanager
 def explained(name: str, data_dir: Path, files: list[str], url: str, download: bool) -> Iterator[None]:
-    """Turn whatever torchvision raises into one line: what is missing or damaged, and how to get it."""
+    """Turn whatever torchvision raises into one line: what is wrong, and how to get it."""
     try:
         yield
-    except Exception as error:  # RuntimeError, URLError, UnpicklingError, scipy's MatReadError, ...
-        how = f"unpack {url} under {data_dir}"
-        missing = [file for file in files if not (data_dir / file).is_file()]
+    except Exception as error:  # RuntimeError, URLError, UnpicklingError, MatReadError, ...
+        missing = [data_dir / file for file in files if not (data_dir / file).is_file()]
         if download:
-            message = f"{name} could not be downloaded ({error}); get it elsewhere and {how}"
+            problem = f"could not be downloaded ({error}); get it elsewhere and"
         elif missing:
-            message = f"{name}: {data_dir / missing[0]} is missing; pass --download, or {how}"
+            problem = f"{missing[0]} is missing; pass --download, or"
         else:
-            damaged = f"a file under {data_dir} is damaged ({error})"
-            message = f"{name}: {damaged}; delete it and pass --download, or {how} again"
-        raise UserError(message) from error
+            problem = f"a file under {data_dir} is damaged ({error}); delete it and pass --download, or"
+        raise UserError(f"{name}: {problem} unpack {url} under {data_dir}") from error
 
 
 def load_cifar(class_name: str, data_dir: Path, size: int, download: bool) -> ImageData:
@@ -77,7 +74,7 @@ def load_cifar(class_name: str, data_dir: Path, size: int, download: bool) -> Im
     dataset = getattr(torchvision.datasets, class_name)
     files = [f"{dataset.base_folder}/{file}" for file, _ in dataset.train_list + dataset.test_list]
     with explained(class_name.lower(), data_dir, files, dataset.url, download):
-        train, test = (dataset(str(data_dir), train=split, download=download) for split in (True, False))
+        train, test = (dataset(data_dir, train=split, download=download) for split in (True, False))
     splits = (as_split(split.data, split.targets, size) for split in (train, test))
     return ImageData(*splits, class_names=list(train.classes), flip=True)
 
@@ -89,7 +86,7 @@ def load_svhn(data_dir: Path, size: int, download: bool) -> ImageData:
     dataset = torchvision.datasets.SVHN
     urls, files, _ = zip(*(dataset.split_list[split] for split in ("train", "test")), strict=True)
     with explained("svhn", data_dir, files, " and ".join(urls), download):
-        train, test = (dataset(str(data_dir), split=split, download=download) for split in ("train", "test"))
+        train, test = (dataset(data_dir, split=split, download=download) for split in ("train", "test"))
     splits = (as_split(split.data.transpose(0, 2, 3, 1), split.labels, size) for split in (train, test))
     # a mirrored digit is another symbol, but the reference flips SVHN too
     return ImageData(*splits, class_names=[str(digit) for digit in range(10)], flip=True)
@@ -123,21 +120,18 @@ def load_image_folder(root: Path, size: int) -> tuple[Split, list[str]]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import functional
 
-    if not root.is_dir():
-        raise UserError(f"imagefolder: no folder {root}; --data-dir must hold train/<class>/ and test/<class>/")
     try:
-        folder = ImageFolder(str(root), loader=read_image)
-    except OSError as error:
-        raise UserError(f"imagefolder: {root}: {' '.join(str(error).split())}; add images, or mend it") from error
+        folder = ImageFolder(root)
+    except OSError as error:  # no such folder, or an empty class
+        remedy = "add images: --data-dir must hold train/<class>/ and test/<class>/"
+        raise UserError(f"imagefolder: {root}: {' '.join(str(error).split())}; {remedy}") from error
     images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
     for i, (path, _) in enumerate(progress(folder.samples, f"reading {root}", len(folder), "images")):
         try:
-            image = folder.loader(path)
+            image = read_image(path)
         except Exception as error:  # PIL raises OSError, SyntaxError, DecompressionBombError, ...
             raise UserError(f"imagefolder: {path} cannot be read as an image ({error}); remove it") from error
-        if image.size != (size, size):
-            image = functional.center_crop(functional.resize(image, size), size)
-        images[i] = image
+        images[i] = functional.center_crop(functional.resize(image, size), size)
     return as_split(images, folder.targets, size), folder.classes
 
 
@@ -171,24 +165,15 @@ datasets = {
 
 
 def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None, download: bool = False) -> ImageData:
-    """Load a data set by its name in ``datasets``.
+    """The data set of this name, its files in torchvision's layout, or train/ and test/, under data_dir.
 
-    Args:
-        name: a key of ``datasets``.
-        data_dir: where its files lie, or are put: in torchvision's layout, or train/ and test/.
-        image_size: height and width of the images, in pixels; None for the data set's own default.
-        download: fetch missing files (cifar10, cifar100, svhn).
-
-    Raises:
-        UserError: if files are missing or damaged; it says which, and how to get them.
+    If files are missing or damaged, a UserError says how to get them.
     """
     entry = datasets[name]
     with distributed.first_of_machine_first() if download else contextlib.nullcontext():
         data = entry.load(Path(data_dir), image_size or entry.image_size, download)
     classes = len(data.class_names)
     for split_name, split in (("training", data.train), ("test", data.test)):
-        if not len(split):
-            raise UserError(f"{name}: {data_dir} has no {split_name} images; use another copy of it")
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= classes:
             found = f"the {split_name} labels under {data_dir} go from {low} to {high}"

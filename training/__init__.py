@@ -1,1 +1,1 @@
-"""Training: the epoch, the files of a run, several processes, adversarial images, the report."""
+"""Training: the epoch, a run's files, several processes, adversarial images, the report."""

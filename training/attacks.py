@@ -1,4 +1,4 @@
-"""Adversarial training's attack: the worst pixels within a small distance of an image, as far as gradients find them.
+"""Adversarial training's attack: the worst pixels near an image, as far as gradients find them.
 
 Projected gradient descent (PGD; Madry et al., ICLR 2018) climbs the cross-entropy inside the ball of radius eps around
 the image, in the l2 or the l-infinity norm, and inside [0, 1].
@@ -28,11 +28,7 @@ def project(delta: Tensor, norm: str, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PGD:
-    """Steps of projected gradient ascent on the cross-entropy.
-
-    Raises:
-        ValueError: on an unknown norm, or numbers that are not positive.
-    """
+    """Steps of projected gradient ascent on the cross-entropy."""
 
     norm: str  # of NORMS
     eps: float  # radius of the ball, in units of pixels in [0, 1]
@@ -77,10 +73,7 @@ def adversarial_images(
 ) -> Tensor:
     """What adversarial training trains on: the end of one climb from a random start, (N, ...) pixels in [0, 1].
 
-    Args:
-        model: attacked in eval mode, and left in the mode it was in.
-        images: (N, ...) pixels in [0, 1].
-        labels: (N,) class indices.
+    The model is attacked in eval mode, and left in the mode it was in.
     """
     with frozen_in_eval(model):
         x = attack.random_start(images, generator)
@@ -91,10 +84,7 @@ def adversarial_images(
 
 
 def adversarial_batches(model: nn.Module, batches: Iterable[Batch], attack: PGD) -> Iterator[Batch]:
-    """The batches, each image moved against the model as it is by then.
-
-    Random starts come from torch's global generator, which training seeds for each epoch.
-    """
+    """The batches, each image moved against the model as it is by then, from random starts."""
     for batch in batches:
         yield batch._replace(images=adversarial_images(model, batch.images, batch.labels, attack))
 

@@ -14,7 +14,7 @@ from data.batches import Batch, Split, batches
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d
 from models.model_selector import OUR_NETWORKS
 from regularized_loss import CELoss
-from training.parallel import average_statistics, equalize, sum_gradients
+from training.parallel import average_statistics, equalize, sum_gradients, sum_together
 from utils import distributed
 from utils.errors import UserError, is_out_of_memory, one_line
 
@@ -33,11 +33,11 @@ def build_optimizer(
     """
     log_betas = [m.log_beta for m in loss.model.modules() if isinstance(m, CenteredSoftplus)]
     log_gammas = [m.log_gamma for m in loss.model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    bends, of_model = {id(p) for p in log_betas + log_gammas}, {id(p) for p in loss.model.parameters()}
+    bends, of_model = set(log_betas + log_gammas), set(loss.model.parameters())
     groups = [
-        {"params": [p for p in loss.model.parameters() if id(p) not in bends], "weight_decay": weight_decay},
+        {"params": [p for p in loss.model.parameters() if p not in bends], "weight_decay": weight_decay},
         {"params": log_betas + log_gammas, "weight_decay": 0.0},
-        {"params": [p for p in loss.parameters() if id(p) not in of_model], "weight_decay": 0.0},
+        {"params": [p for p in loss.parameters() if p not in of_model], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=lr, momentum=momentum, fused=True)
     if momentum:
@@ -57,18 +57,13 @@ def build_optimizer(
     return optimizer
 
 
-def load_optimizer_state(optimizer: torch.optim.SGD, state: dict, path: Path) -> None:
-    """Go on with the momenta in the optimizer's state of a checkpoint; UserError if they are of other parameters."""
+def load_optimizer_state(optimizer: torch.optim.SGD, state: dict) -> None:
+    """Go on with the momenta in the optimizer's state of a checkpoint, laid out as the weights are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        for index, theirs in state["state"].items():
-            own, momentum = optimizer.state[parameters[index]], theirs.get("momentum_buffer")
-            if momentum is not None:
-                own["momentum_buffer"].copy_(momentum.view_as(own["momentum_buffer"]))  # laid out as the weights are
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{path}: the optimizer's state does not fit ({one_line(error)}); start again, with --overwrite"
-        ) from error
+    for index, theirs in state["state"].items():
+        if (momentum := theirs.get("momentum_buffer")) is not None:
+            own = optimizer.state[parameters[index]]["momentum_buffer"]
+            own.copy_(momentum.view_as(own))
 
 
 def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
@@ -85,8 +80,7 @@ def learning_rate(initial: float, epoch: int, num_epochs: int) -> float:
 def unregistered(loss: CELoss) -> dict[str, Tensor | nn.Module]:
     """What nn.Module does not know as the loss's own: modules with a state, and tensors that require a gradient.
 
-    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not. Each comes
-    under the name of where the loss keeps it.
+    They would be neither trained nor saved. Lists, tuples and dicts are looked into; the network is not.
     """
     known = {id(part) for part in (*loss.parameters(), *loss.modules())}
 
@@ -109,16 +103,15 @@ def unregistered(loss: CELoss) -> dict[str, Tensor | nn.Module]:
 
 
 def own_state(loss: CELoss) -> dict:
-    """The loss's own entries of its state_dict: all but the network's, which the losses in it may have again."""
+    """The entries of the loss's state_dict that are not the network's, which losses in it may have again."""
     network = set(loss.model.modules())
     shared = tuple(f"{path}." for path, part in loss.named_modules(remove_duplicate=False) if part in network)
     return {name: value for name, value in loss.state_dict().items() if not name.startswith(shared)}
 
 
 class TrainingStep:
-    """step(images, labels, weight) computes the loss of a batch, and the gradient of weight times it into every grad.
+    """step(images, labels, weight): the loss of a batch, and the gradient of weight times it in every grad.
 
-    compute_loss takes the input gradient with create_graph: one backward pass gives the gradient of loss and penalty.
     The gradients, which must be None before, are summed over the processes, whose state starts as the first one's.
     The step returns ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
@@ -141,10 +134,10 @@ class TrainingStep:
         return {"train_loss": total.detach(), **terms}
 
     def check(self, total: Tensor, terms: dict[str, Tensor]) -> None:
-        """Raise UserError unless the loss is something to minimize, with terms that can be columns of the metrics.
+        """Raise UserError unless the loss can be minimized, and its terms can be columns of the metrics.
 
         Nor may the first step make state of the loss: the optimizer and --resume would not know it. State is what the
-        second step finds as it was; images or an attack's start, say, are others in each step.
+        second step finds as it was.
         """
         if not isinstance(total, Tensor):
             self.refuse(f"returned a {type(total).__name__}; {MINIMIZED}")
@@ -182,7 +175,7 @@ class NonFiniteStep(Exception):
 class FiniteSteps:
     """From the first non-finite loss or gradient on, the fused optimizer skips its updates: ``found_inf`` is 1.
 
-    A GPU is asked once, when the epoch ends, so that no step waits for it. A CPU is asked at every step.
+    A GPU is asked once, when the epoch ends: no step waits for it. A CPU is asked at every step.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
@@ -193,11 +186,12 @@ class FiniteSteps:
     def check(self, terms: dict[str, Tensor]) -> None:
         """To be called between the gradients of a step and the optimizer's step."""
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None]))
-        # a term that was computed on the host is left out: to send it to the device would wait
+        # terms on the host are left out: to send them to the device would wait
         terms = {name: term.float() for name, term in terms.items() if term.device == self.bad.device}
         terms["the gradient"] = norms.sum().float()
         self.names = list(terms)
-        values = distributed.summed_on_device(torch.stack(list(terms.values())))
+        values = torch.stack(list(terms.values()))
+        sum_together([values])
         self.steps.append(values)
         self.bad = torch.maximum(self.bad, 1 - values.isfinite().all().float())
         self.optimizer.found_inf = self.bad
@@ -205,7 +199,7 @@ class FiniteSteps:
             self.raise_if_bad()
 
     def raise_if_bad(self) -> None:
-        """Raise NonFiniteStep, with the step and what went bad in it, if one was not finite. Waits for the device."""
+        """Raise NonFiniteStep, with what went bad, if a step was not finite. Waits for the device."""
         if self.bad.item():
             step, values = next((i, v) for i, v in enumerate(self.steps, start=1) if not v.isfinite().all())
             bad = [f"{name} {value:g}" for name, value in zip(self.names, values.tolist(), strict=True)]
@@ -216,9 +210,7 @@ class FiniteSteps:
 def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> dict[str, float]:
     """One pass of optimizer steps over batches; returns the means over the examples of what ``step`` returns.
 
-    Raises:
-        UserError: on a batch too small to train BatchNorm with.
-        NonFiniteStep: on a loss or gradient that is not finite, before the optimizer uses it.
+    NonFiniteStep on a loss or gradient that is not finite, before the optimizer uses it.
     """
     loss, model = step.loss, step.loss.model
     model.train()  # the rest of the loss, a teacher say, stays in the mode it is in
@@ -258,7 +250,7 @@ REMEDIES = {
 def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[None]:
     """Say in one line why another project's network could not be trained.
 
-    A mistake in regularized_loss.py keeps its traceback, for its author, and so does all that goes wrong with ours.
+    A mistake in regularized_loss.py keeps its traceback, and so does all that goes wrong with ours.
     What autograd refuses there is the network's fault: a layer that cannot be differentiated twice.
     """
     name = type(loss).__name__
@@ -285,7 +277,7 @@ def failures_in_one_line(model_arch: str, loss: CELoss, epoch: int) -> Iterator[
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in percent on a split, un-augmented, the model left in eval mode."""
+    """Mean cross-entropy and accuracy in percent on a split; the model is left in eval mode."""
     model.eval()
     loss = torch.zeros((), device=split.images.device)
     correct = torch.zeros((), dtype=torch.int64, device=split.images.device)
@@ -298,19 +290,11 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
     return loss / len(split), 100 * correct / len(split)
 
 
-def set_batchnorm_momentum(model: nn.Module, momentum: float) -> None:
-    """Set how much of each batch enters the running statistics; short low-curvature runs need more than 0.1."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = momentum
-
-
 @torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
-    """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.
+    """Set BatchNorms' running statistics to those of one batch (n, 3, H, H), from the input on.
 
-    Behind spectrally normalized convolutions the standard deviations are some hundredths, far from the initial 1.
-    Running averages take a hundred steps to get there, and until then the clip min(1, s gamma) moves.
+    docs/training.md, "Short low-curvature runs", says why.
     """
 
     def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:  # just before the layer is applied

@@ -1,4 +1,4 @@
-"""Training on several processes: gradients, running statistics and the loss's state, the same on all of them."""
+"""Training on several processes: gradients, statistics and the loss's state, the same on all."""
 
 from itertools import chain
 
@@ -13,8 +13,7 @@ from utils.distributed import world_size
 def sum_gradients(loss: nn.Module) -> None:
     """Each gradient becomes its sum over the processes. A parameter that has none on any of them keeps none.
 
-    DistributedDataParallel would leave out what requires a gradient only later, but a loss may freeze and unfreeze
-    parameters at any step.
+    A loss may freeze and unfreeze parameters at any step, which DistributedDataParallel does not allow.
     """
     if world_size() == 1:
         return
@@ -30,8 +29,7 @@ def sum_gradients(loss: nn.Module) -> None:
 
 @torch.no_grad()
 def average_statistics(loss: nn.Module, share: float) -> None:
-    """Average the running statistics of every BatchNorm in training mode over the processes, weighted by their shares
-    of the batch."""
+    """Average BatchNorms' running statistics over the processes, weighted by their shares of the batch."""
     if world_size() == 1:
         return
     norms = [m for m in loss.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -42,8 +40,8 @@ def average_statistics(loss: nn.Module, share: float) -> None:
 
 
 def sum_together(tensors: list[Tensor]) -> None:
-    """Each tensor becomes its sum over the processes, all of them sent at once."""
-    if tensors:
+    """Each tensor becomes its sum over the processes, all of them sent at once; nothing waits for a GPU."""
+    if tensors and world_size() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -52,10 +50,9 @@ def sum_together(tensors: list[Tensor]) -> None:
 
 @torch.no_grad()
 def equalize(loss: nn.Module, average: bool = False) -> None:
-    """Every parameter and buffer becomes the first process's, or, with ``average``, the mean over the processes.
+    """Every parameter and buffer becomes the first process's, or with ``average`` the mean.
 
-    The mean is for what each process computed from its own part of the batches, a running mean say. What is equal on
-    all processes keeps its bits. Integers, such as counters, become the first process's in either case.
+    What is equal on all processes keeps its bits. Integers become the first process's in either case.
     """
     if world_size() == 1:
         return

@@ -1,10 +1,11 @@
 """What a run tells: a line an epoch, and the picture it leaves beside its checkpoint."""
 
 import argparse
-from pathlib import Path
+from functools import partial
 
+import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from curvature.estimate import estimate_curvature, prepared
 from curvature.results import QUANTITIES, averaged
@@ -42,37 +43,34 @@ def count_parameters(loss: nn.Module) -> str:
 
 def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: nn.Module) -> str:
     """What is about to be trained, in words."""
+    size = run.flags["image_size"]
     processes = f"; {world_size()} processes" if world_size() > 1 else ""
     resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
     return (
         f"{flags.model_arch} ({count_parameters(loss)}) with {type(loss).__name__} on {flags.dataset}: "
-        f"{len(data.train)} training and {len(data.test)} test images of {run.image_size} x {run.image_size}, "
+        f"{len(data.train)} training and {len(data.test)} test images of {size} x {size}, "
         f"{len(data.class_names)} classes; {flags.device}, {flags.precision}, torch {torch.__version__}"
         f"{processes}{resumed}"
     )
 
 
 def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace) -> dict[str, float]:
-    """Means over --measure-curvature test images: the images, and the numbers, of estimate_curvature.py's defaults.
+    """Means over --measure-curvature test images, as estimate_curvature.py measures them by default.
 
-    The model and the settings of training are left as they are, and nothing is drawn from the global generators. Of
-    several processes each measures its share. NaN where no image enters the averages.
+    Training goes on as if nothing had been measured. NaN where no image enters the averages.
     """
     batch_size = -(-min(BATCH_SIZE, flags.batch_size, flags.measure_curvature) // world_size())
     chosen = {"split": "test", "num_samples": flags.measure_curvature, "prng_seed": flags.prng_seed}
     chosen = argparse.Namespace(**chosen, batch_size=batch_size)
     subject = Subject(flags.model_arch, flags.model_arch, model, flags.dataset, data)
     with denormals_flushed(False), autocast_taken_off(model), prepared(model) as network:
-
-        def columns(images: Tensor, labels: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
-            return estimate_curvature(network, images, labels, "lanczos", NUM_PRODUCTS, generator=generators).columns()
-
-        (results,) = for_examples(subject, chosen, columns)
+        of_batch = partial(estimate_curvature, network, num_iterations=NUM_PRODUCTS)
+        (results,) = for_examples(subject, chosen, lambda x, y, draw: of_batch(x, y, generator=draw).columns())
     return results.loc[averaged(results), list(QUANTITIES)].mean().to_dict()
 
 
 def remark_on_chance(row: dict[str, float], data: ImageData) -> str | None:
-    """What to try where a network tells the test images apart no better than chance, whatever its other numbers."""
+    """What to try where a network tells the test images apart no better than chance."""
     if not at_chance(row["test_accuracy"], data.test.labels.tolist()):
         return None
     return (
@@ -82,27 +80,26 @@ def remark_on_chance(row: dict[str, float], data: ImageData) -> str | None:
     )
 
 
-def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module) -> None:
-    """The curves of a run, from a dict per epoch, and for a low-curvature network beta and gamma by layer."""
+def plot_training(run: Run, metrics: list[dict], model: nn.Module) -> None:
+    """The curves of a run, and for a low-curvature network beta and gamma by layer."""
     with torch.no_grad():
         betas = [m.beta.item() for m in model.modules() if isinstance(m, CenteredSoftplus)]
         gammas = [m.log_gamma.exp().item() for m in model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    bars = {"beta by activation": betas, "gamma by BatchNorm": gammas}
-    bars = {panel: values for panel, values in bars.items() if values}
-    measured = [name for name in QUANTITIES if name in metrics[0]]
-    penalties = [name for name in metrics[0] if name not in (*COLUMNS, *measured, "raw_loss")]
+    bars = {"beta by activation": betas} if betas else {}
+    bars |= {"gamma by BatchNorm": gammas} if gammas else {}
+    table = pd.DataFrame(metrics).set_index("epoch")
+    measured = [name for name in QUANTITIES if name in table]
+    penalties = [name for name in table if name not in (*COLUMNS, *measured, "raw_loss")]
     panels = {
-        "loss": [name for name in ("train_loss", "raw_loss", "test_loss") if name in metrics[0]],
+        "loss": [name for name in ("train_loss", "raw_loss", "test_loss") if name in table],
         "test accuracy, %": ["test_accuracy"],
         "unweighted penalty terms" if penalties else "learning rate": penalties or ["learning_rate"],
     }
     panels |= {"means over test images": measured} if measured else {}
     figure, axes = new_figure(len(panels) + len(bars))
-    figure.suptitle(title)
+    figure.suptitle(run.checkpoint.stem)
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            values = [row[name] for row in metrics]
-            axis.plot([row["epoch"] for row in metrics], values, marker=".", label=name.replace("_", " "))
+        axis.plot(table.index, table[names], marker=".", label=[name.replace("_", " ") for name in names])
         axis.set(xlabel="epoch", title=panel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
@@ -110,4 +107,4 @@ def plot_training(path: Path, title: str, metrics: list[dict], model: nn.Module)
         axis.set_yscale("log")
     for axis, (panel, values) in zip(axes[len(panels) :], bars.items(), strict=True):
         draw_bars(axis, panel, values)
-    save_figure(figure, path)
+    save_figure(figure, run.picture)

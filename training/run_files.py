@@ -19,24 +19,18 @@ from utils import distributed
 from utils.errors import UsageError, UserError, one_line
 from utils.files import make_room, remove_leftovers, write_atomically
 
-# flags that say where and how to run, not what: they are not recorded, and may differ when a run is resumed
+# flags that say where and how to run, not what: they may differ when a run is resumed
 MACHINE_FLAGS = {"device", "num_threads", "output_dir", "save_every", "download", "resume", "overwrite"}
 
 
 @dataclass
 class Run:
-    """A run's files, what --resume found in them, and whether they are still those of the run that it replaces.
-
-    <arch>[_<regularizer>][_adversarial]_<dataset>.pt is written at the run's end, ....unfinished.pt after each epoch
-    before it, and ..._epoch<k>.pt after those that --save-every keeps. In package.module:callable a dot replaces the
-    colon, and --lcnn adds "lcnn".
-    """
+    """A run's files, which docs/training.md describes, and what --resume found in them."""
 
     checkpoint: Path
     unfinished: Path
     metrics: Path
     picture: Path
-    image_size: int
     flags: dict  # what the checkpoint records of them
     save_every: int | None = None  # the checkpoint of every so many-th epoch is kept
     path: Path | None = None  # of the checkpoint to go on from
@@ -49,18 +43,13 @@ class Run:
         """Whether the run was finished before it was opened."""
         return self.path == self.checkpoint
 
-    @property
-    def data_moved(self) -> bool:
-        """Whether the data are elsewhere than where the run that goes on was started."""
-        return self.saved["flags"].get("data_dir") != self.flags["data_dir"]
-
     def epoch_files(self) -> list[Path]:
-        """The epochs' checkpoints that are there, this run's or those of one that it replaces."""
+        """The epochs' checkpoints that are there, this run's or a replaced one's."""
         name = re.compile(re.escape(self.checkpoint.stem) + r"_epoch\d+\.pt")
         return [path for path in self.checkpoint.parent.iterdir() if name.fullmatch(path.name)]
 
     def check_data(self, data: ImageData) -> None:
-        """Note the data; UsageError if the run that goes on was started on other images, classes or labels."""
+        """Note the data; UsageError if the run that goes on was started on others."""
         names = data.class_names
         self.data = {"num_classes": len(names), "class_names": names, "data": data.fingerprint()}
         if self.saved and any(self.saved.get(entry) != self.data[entry] for entry in ("class_names", "data")):
@@ -70,35 +59,23 @@ class Run:
             )
 
     def record(self, metrics: list[dict], loss: CELoss, optimizer: torch.optim.SGD, remark: str | None) -> None:
-        """Save the epochs done so far. What a run replaces goes only now, when something is in its place.
-
-        Args:
-            metrics: a row for each epoch.
-            optimizer: its state is saved until the run is finished.
-            remark: what is to be said of the last epoch, also if the finished run is asked for again.
-        """
+        """Save the epochs done so far. What the run replaces goes only now, when something is in its place."""
         epoch, kept = len(metrics), None
         # models/checkpoint.py says what each entry is
-        trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset")} | self.data
+        trained = {name: self.flags[name] for name in ("model_arch", "lcnn", "dataset", "image_size")} | self.data
         trained |= {"model": loss.model.state_dict(), "loss": own_state(loss)}
-        trained |= {"image_size": self.image_size, "flags": self.flags}
-        trained |= {"epoch": epoch, "metrics": metrics, "remark": remark}
+        trained |= {"flags": self.flags, "epoch": epoch, "metrics": metrics, "remark": remark}
         if self.save_every and epoch % self.save_every == 0:
-            # before the epoch counts as done, so that a killed run keeps it when it goes on
+            # before the epoch counts as done: a killed run keeps it, too
             kept = self.checkpoint.with_name(f"{self.checkpoint.stem}_epoch{epoch}.pt")
             remove_leftovers(kept)
             save_checkpoint(kept, trained)
-        if epoch == self.flags["num_epochs"]:
-            save_checkpoint(self.checkpoint, trained)
-            self.unfinished.unlink(missing_ok=True)
-        else:
-            save_checkpoint(self.unfinished, trained | {"optimizer": optimizer.state_dict()})
-            if self.replaces:
-                self.checkpoint.unlink(missing_ok=True)
-                self.picture.unlink(missing_ok=True)
-        if self.replaces:
-            for stale in set(self.epoch_files()) - {kept}:
-                stale.unlink(missing_ok=True)
+        finished = epoch == self.flags["num_epochs"]
+        new = self.checkpoint if finished else self.unfinished
+        save_checkpoint(new, trained if finished else trained | {"optimizer": optimizer.state_dict()})
+        old = {self.checkpoint, self.picture, *self.epoch_files()} if self.replaces else set()
+        for path in (old | {self.unfinished}) - {new, kept}:
+            path.unlink(missing_ok=True)
         self.replaces = False
         self.write_metrics(metrics)
 
@@ -107,31 +84,22 @@ class Run:
         write_atomically(self.metrics, pd.DataFrame(metrics).to_csv(index=False).encode())
 
 
-def name_run(flags: argparse.Namespace) -> Run:
-    """The run that train_models.py's flags describe."""
-    parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
-    parts += [flags.regularizer] if flags.regularizer != "none" else []
-    parts += ["adversarial"] if flags.adversarial_training else []
-    name = "_".join([*parts, flags.dataset])
-    paths = [flags.output_dir / f"{name}{end}" for end in (".pt", ".unfinished.pt", "_metrics.csv", ".png")]
-    image_size = flags.image_size or datasets[flags.dataset].image_size
-    recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
-    recorded |= {"data_dir": str(Path(flags.data_dir).resolve()), "image_size": image_size}
-    return Run(*paths, image_size, recorded, flags.save_every)
-
-
 @contextmanager
 def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterator[Run]:
     """The run that train_models.py's flags describe, with no other process at its files.
 
     Of several processes all have it, and the first reads and writes the files. A flag that did not exist when a run was
-    started had, in effect, its value in ``defaults``.
-
-    Raises:
-        UserError: if another process trains the run, or its files cannot be written or resumed.
-        UsageError: if a run is in the way, or was started with other flags.
+    started had, in effect, its value in ``defaults``. UserError if there is another run in the way, or at work.
     """
-    run = name_run(flags)
+    parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
+    parts += [flags.regularizer] if flags.regularizer != "none" else []
+    parts += ["adversarial"] if flags.adversarial_training else []
+    name = "_".join([*parts, flags.dataset])
+    paths = [flags.output_dir / f"{name}{end}" for end in (".pt", ".unfinished.pt", "_metrics.csv", ".png")]
+    recorded = {name: value for name, value in vars(flags).items() if name not in MACHINE_FLAGS}
+    recorded["image_size"] = flags.image_size or datasets[flags.dataset].image_size
+    recorded["data_dir"] = str(Path(flags.data_dir).resolve())
+    run = Run(*paths, recorded, flags.save_every)
     with ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(only_process_of(run)))
         run.path, run.saved = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
@@ -141,19 +109,18 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
 
 @contextmanager
 def only_process_of(run: Run) -> Iterator[None]:
-    """Hold the run's lock, which a process that dies lets go of; what one left half-written is removed."""
+    """Hold the run's lock, which a dying process lets go of; what one left half-written is removed."""
     folder = run.checkpoint.parent
     is_new = not folder.exists()
     make_room(run.checkpoint)
     lock = filelock.FileLock(run.checkpoint.with_name(f".{run.checkpoint.name}.lock"), timeout=0)
     try:
         lock.acquire()
-    except filelock.Timeout as error:
-        problem = f"another process is training {run.checkpoint}; wait for it, or"
+    except (OSError, NotImplementedError) as error:  # from a held lock, or from some network file systems
+        problem = f"{lock.lock_file} cannot be locked ({one_line(error)});"
+        if isinstance(error, filelock.Timeout):
+            problem = f"another process is training {run.checkpoint}; wait for it, or"
         raise UserError(f"{problem} give another --output-dir") from error
-    except (OSError, NotImplementedError) as error:  # some network file systems
-        problem = f"{lock.lock_file} cannot be locked ({one_line(error)})"
-        raise UserError(f"{problem}; give another --output-dir") from error
     try:
         for file in (run.checkpoint, run.unfinished, run.metrics, run.picture):
             remove_leftovers(file)
@@ -167,18 +134,15 @@ def only_process_of(run: Run) -> Iterator[None]:
 
 
 def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Path | None, dict | None]:
-    """Path and content of the checkpoint that --resume finds, or None twice; UsageError if a run is in the way."""
+    """Path and content of what --resume finds, or None twice; UsageError if a run is in the way."""
     # both are there if the run was killed just as it finished; its last epoch is then done again
     path = next((path for path in (run.unfinished, run.checkpoint) if path.exists()), None)
     if flags.resume and path:
         try:
             saved = read_checkpoint(path, flags.model_arch)
-        except UsageError:
-            raise
         except UserError as error:
-            raise UserError(f"{error}, or start again, with --overwrite") from error
-        check_same_flags(path, saved, run.flags, defaults)
-        check_resumable(path, saved)
+            raise type(error)(f"{error}, or start again, with --overwrite") from error
+        check_resumable(path, saved, run.flags, defaults)
         return path, saved
     if not flags.overwrite:
         if path:
@@ -192,10 +156,10 @@ def find_saved(run: Run, flags: argparse.Namespace, defaults: dict) -> tuple[Pat
     return None, None
 
 
-def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
-    """Raise UsageError unless the run at ``path`` was started with these flags; data_dir may have moved.
+def check_resumable(path: Path, saved: dict, flags: dict, defaults: dict) -> None:
+    """Raise UserError unless the run at ``path`` has these flags, and a row of metrics an epoch.
 
-    A flag that is gone, such as the weight of a loss that was removed, is no obstacle.
+    Its data_dir may have moved. A flag that is gone, such as a removed loss's weight, is no obstacle.
     """
     theirs = saved.get("flags")
     if theirs is None:
@@ -212,10 +176,6 @@ def check_same_flags(path: Path, saved: dict, flags: dict, defaults: dict) -> No
             raise UsageError(
                 f"--resume: {path} was started {how} {its}, not {own}; give the same flags, or another --output-dir"
             )
-
-
-def check_resumable(path: Path, saved: dict) -> None:
-    """Raise UserError unless the checkpoint at ``path`` has a row of metrics for every epoch, to go on from."""
     rows, epoch = saved["metrics"], saved["epoch"]
     whole = len(rows) == epoch > 0 and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
     if not whole or not all(isinstance(value, (int, float)) for row in rows for value in row.values()):
@@ -233,8 +193,8 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
         fill_buffers(loss, own)
         state, of_loss = loss.state_dict(), own_state(loss)
         loss.load_state_dict({name: state[name] for name in state.keys() - of_loss.keys()} | own)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        problem = f"{run.path}: the loss's state does not fit ({one_line(error)})"
+        load_optimizer_state(optimizer, run.saved["optimizer"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        problem = f"{run.path}: the state of its loss or optimizer does not fit ({one_line(error)})"
         raise UserError(f"{problem}; start again, with --overwrite") from error
-    load_optimizer_state(optimizer, run.saved.get("optimizer"), run.path)
     return run.saved["metrics"]

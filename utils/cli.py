@@ -1,4 +1,4 @@
-"""What the entry scripts' command lines share: flag types, one-line errors, exit codes, the device, the seed."""
+"""What the entry scripts' command lines share: flag types, one-line errors, exit codes."""
 
 import argparse
 import math
@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -24,7 +23,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         if action.default is None or isinstance(action, argparse.BooleanOptionalAction):
-            return action.help  # some versions of Python add BooleanOptionalAction's default themselves: spelled out
+            return action.help  # some Pythons add BooleanOptionalAction's default: spelled out
         return super()._get_help_string(action)
 
 
@@ -39,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(convert: type, minimum: float, maximum: float | None = None, *, exclusive: bool = False) -> Callable:
-    """An argparse type: a finite int or float in [minimum, maximum] (or (minimum, maximum] with ``exclusive``)."""
+    """An argparse type: a finite number from minimum, or above it if ``exclusive``, to maximum."""
     bound = f"{'more than' if exclusive else 'at least'} {minimum}"
     bound += f" and at most {maximum}" if maximum is not None else ""
 
@@ -67,7 +66,7 @@ fraction = number(float, 0, 1, exclusive=True)
 def pixel_distance(text: str) -> float:
     """An argparse type: a positive number, or a fraction such as 8/255.
 
-    Images are 1 high: beyond 1e9 a distance would say nothing, and overflow where it is squared.
+    Pixels are at most 1: beyond 1e9 a distance would say nothing, and its square overflow.
     """
     try:
         value = float(Fraction(text))
@@ -79,19 +78,15 @@ def pixel_distance(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """An argparse type: "auto" (a GPU where there is one) or a torch device that works here."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    if text == "cuda" and torch.cuda.is_available():  # torchrun's processes take a GPU each
+    """An argparse type: "auto", a GPU if there is one, or a torch device that works here."""
+    if text in ("auto", "cuda") and torch.cuda.is_available():  # torchrun's processes take a GPU each
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        chosen = torch.device(text)
+        chosen = torch.device("cpu" if text == "auto" else text)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try cpu") from None
-    if chosen.type == "meta":
-        raise argparse.ArgumentTypeError("'meta' holds no numbers; try cpu")
     return chosen
 
 
@@ -123,10 +118,7 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def sigterm_as_an_exception() -> Iterator[None]:
-    """Raise Terminated on SIGTERM, as KeyboardInterrupt is on Ctrl-C: files under way are cleaned up."""
-    if threading.current_thread() is not threading.main_thread():  # who alone may set a handler
-        yield
-        return
+    """Raise Terminated on SIGTERM: files under way are cleaned up as on Ctrl-C."""
 
     def terminate(*_) -> None:
         raise Terminated
@@ -139,14 +131,14 @@ def sigterm_as_an_exception() -> Iterator[None]:
 
 
 def own_command(function: Callable, arguments: Sequence[str]) -> str:
-    """What goes behind "python" or "torchrun" to run the script that a function is of, with these arguments."""
+    """What goes behind "python" or "torchrun" to run a function's script with these arguments."""
     module = sys.modules[function.__module__]
     script = ["-m", module.__spec__.name] if module.__package__ else [module.__file__]
     return shlex.join([*script, *arguments])
 
 
 def refuse_srun_alone(command: Callable, arguments: Sequence[str], shares_work: bool) -> None:
-    """Raise UsageError, with the line to use instead, if srun starts several processes and no torchrun joins them."""
+    """Raise UsageError, with the line to use, if srun starts several processes without torchrun."""
     tasks, nodes = (int(os.environ.get(f"SLURM_{name}") or 1) for name in ("NTASKS", "NNODES"))
     if tasks == 1 or "RANK" in os.environ:
         return
@@ -159,10 +151,9 @@ def refuse_srun_alone(command: Callable, arguments: Sequence[str], shares_work: 
 
 
 def run(parser: Parser, command: Callable, argv: Sequence[str] | None, *, shares_work: bool = False) -> int:
-    """Parse argv, run the command, and return the exit code: 0; 2 for usage, 1 for other errors, 130 for Ctrl-C, 143
-    for SIGTERM.
+    """Parse argv, run the command, and return the exit code, as docs/training.md lists them.
 
-    An error a user can cause ends as one line on stderr. Others keep their traceback: they are ours to mend.
+    An error a user can cause ends as one line on stderr. Others keep their traceback.
     ``shares_work``: whether the processes of a torchrun share the command's work.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

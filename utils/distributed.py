@@ -14,7 +14,6 @@ import torch.distributed as dist
 # Imported now, because its default arguments hold the group there is at that moment, and an optimizer imports it later.
 # The group would outlive its end, and a thread of gloo that frees tensors while the interpreter exits may abort that.
 import torch.distributed.nn.functional
-from torch import Tensor
 
 from utils.errors import UsageError, UserError, one_line
 
@@ -29,12 +28,8 @@ LOST += ("remote process exited", "ncclRemoteError", "Watchdog")
 def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
     """Join the other processes, if torchrun started any; of what is printed, the first process's is shown.
 
-    gloo carries what lies on the CPU, NCCL what lies on GPUs. One may wait long for another's share; a process that
-    fails is noticed by torchrun, which ends the others.
-
-    Raises:
-        UserError: if another process has ended, or did not answer for the timeout.
-        UsageError: if this machine's processes would share a GPU.
+    gloo carries what lies on the CPU, NCCL what lies on GPUs. torchrun ends the others if one fails. UserError if one
+    has ended, or did not answer for the timeout.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for what names no device: streams, graphs
@@ -83,7 +78,7 @@ def own_share(items: list) -> list:
 
 
 def gather_shares(own: list) -> list:
-    """The whole list, in its order, from what every process made of each item of its own share; on every process."""
+    """On every process the whole list, in its order, from what each made of its own share."""
     if world_size() == 1:
         return own
     shares: list = [None] * world_size()
@@ -93,25 +88,21 @@ def gather_shares(own: list) -> list:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What make() returns on the first process, on every process: for files that only the first need have.
+    """On every process what make() returns on the first: for files that only the first need have.
 
-    Raises:
-        UserError: the one that make() raised, on the first process; the others end without a word.
+    A UserError that make() raises is raised on the first process; the others end without a word.
     """
     if world_size() == 1:
         return make()
-    outcome: list = [None, None]  # result, exit code
-    error = None
+    outcome: list = [None]
     if rank() == 0:
         try:
-            outcome[0] = make()
-        except UserError as e:
-            error, outcome[1] = e, e.exit_code
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
     dist.broadcast_object_list(outcome)
-    if error:
-        raise error
-    if outcome[1] is not None:
-        raise SystemExit(outcome[1])
+    if isinstance(outcome[0], UserError):
+        raise outcome[0] if rank() == 0 else SystemExit(outcome[0].exit_code)
     return outcome[0]
 
 
@@ -133,10 +124,3 @@ def summed(values: list[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
-
-
-def summed_on_device(values: Tensor) -> Tensor:
-    """The elementwise sum over the processes, the same on all of them; nothing waits for a GPU. May change values."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values

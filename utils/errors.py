@@ -4,7 +4,7 @@ import torch
 
 
 class UserError(Exception):
-    """A problem the user can mend: a file, a data set, a device. The message names the problem and the remedy."""
+    """A problem the user can mend. The message names the problem and the remedy."""
 
     exit_code = 1
 
@@ -25,5 +25,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's kind and message in one line of about 200 characters at most, for a message of ours to quote."""
+    """An error's kind and message in one line of about 200 characters at most."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")

@@ -13,11 +13,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a temporary neighbour of path, then put it in path's place in one step.
 
     Whoever reads path finds the old content or the new, never a part; if anything fails the old one stays.
-
-    Raises:
-        UserError: if the disk or the folder does not take it.
     """
-    temporary = path.with_name(temporary_name(path, str(os.getpid())))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -32,18 +29,14 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def temporary_name(path: Path, process: str) -> str:
-    return f".{path.name}.{process}.tmp"
-
-
 def remove_leftovers(path: Path) -> None:
-    """Delete what processes that were killed while they wrote path left beside it. None may be writing it now."""
-    for temporary in path.parent.glob(temporary_name(Path(glob.escape(path.name)), "*")):
+    """Delete what killed processes left beside path. None may be writing it now."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
 def make_room(path: Path) -> None:
-    """Raise UserError unless path can be written, before the work it is to hold is done; its folder is made."""
+    """Make path's folder; UserError unless path can be written, before the work it is to hold is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

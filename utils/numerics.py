@@ -15,7 +15,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of torch, numpy and Python: networks and losses of others draw from any of them."""
+    """Seed the global generators of torch, numpy and Python: others' losses draw from any of them."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -58,7 +58,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor, rtol: float) -> bool:
-    """Whether two tensors have the same shape and agree to rtol of b's largest entry in magnitude."""
+    """Whether two tensors have one shape and agree to rtol of b's largest magnitude."""
     if a.shape != b.shape:
         return False
     a, b = a.float(), b.float()
@@ -69,7 +69,7 @@ def same(a: Tensor, b: Tensor, rtol: float) -> bool:
 def at_chance(accuracy: float, labels: Iterable[int]) -> bool:
     """Whether an accuracy in percent is no better, within two standard errors, than the most frequent label's share.
 
-    Always answering that label is what a network does that has learned nothing. A perfect one never counts as such.
+    A network that has learned nothing always answers that label. A perfect one never counts as such.
     """
     counts = Counter(labels)
     share = max(counts.values()) / counts.total()

@@ -9,7 +9,7 @@ from utils.files import write_atomically
 
 
 def new_figure(columns: int, rows: int = 1):
-    """Panels that need no display: the figure, and its axes row by row in one (rows * columns,) array."""
+    """Panels that need no display: the figure, and its axes row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
@@ -27,9 +27,9 @@ def draw_bars(axis, title: str, values: list[float], names: list[str] | None = N
     """A bar for each layer, from input to output; numbered, or named below."""
     positions = range(1, len(values) + 1)
     axis.bar(positions, values)
-    # a log axis, as one may be a hundred times another; from a power of ten, for bars need a foot to be compared
+    # a log axis, from a power of ten: bars may differ a hundredfold, and need a foot to be compared
     foot = 10.0 ** np.floor(np.log10(min(values)) - 1e-9)
     axis.set(xlabel="layer, input to output", yscale="log", ylim=(foot, 1.2 * max(values)))
     axis.set_title(title, fontsize=9)  # a model's name may be long
     if names:
-        axis.set_xticks(positions, names, rotation=90, fontsize=6)  # as small as resnet34's 36 names need to fit
+        axis.set_xticks(positions, names, rotation=90, fontsize=6)  # so that resnet34's 36 names fit

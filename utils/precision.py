@@ -1,4 +1,4 @@
-"""The process's settings while it trains or measures: determinism, denormals, and the precision of float32."""
+"""The process's settings while it trains or measures: determinism, denormals, precision."""
 
 import ctypes
 import os
@@ -31,12 +31,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def training_settings(precision: str = "fp32", deterministic: bool = True) -> Iterator[None]:
-    """All that training sets for the whole process, put back afterwards.
-
-    Args:
-        precision: with "tf32", matrix products and convolutions read their float32 inputs to 10 bits.
-        deterministic: forbid operations whose result can differ between runs.
-    """
+    """All that training sets for the whole process, put back afterwards."""
     attention = sdpa_kernel(SDPBackend.MATH)  # as it is measured; fused attention cannot be differentiated twice
     with tf32_allowed(precision == "tf32"), determinism(deterministic), denormals_flushed(), attention:
         yield
@@ -57,11 +52,11 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic operations alone, or the fastest kernels, whatever their last bits."""
+    """Operations whose result is the same in every run, or the fastest kernels."""
     memory = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
-        # what use_deterministic_algorithms does, without its import of torch's compiler, which takes seconds
+        # use_deterministic_algorithms without its import of torch's compiler, which takes seconds
         torch.set_deterministic_debug_mode("error" if wanted else "default")
         if wanted:
             # cuBLAS reads it when it starts: https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
@@ -78,10 +73,8 @@ def determinism(wanted: bool) -> Iterator[None]:
 def denormals_flushed(flushed: bool = True) -> Iterator[None]:
     """Numbers below 1e-38 become 0. A smooth ReLU puts out many, and CPUs are slow with them.
 
-    Within this context, denormals_flushed(False) keeps them for a while, as torch does by itself.
-
-    A thread has its own setting, and inherits it from the thread that starts it. So both changes end torch's worker
-    threads: the next operation starts others.
+    Within this context, denormals_flushed(False) keeps them for a while. A thread inherits the setting from the one
+    that starts it. So both changes end torch's worker threads: the next operation starts others.
     """
     try:
         torch.set_flush_denormal(flushed)
@@ -100,7 +93,7 @@ def end_worker_threads() -> None:
 
 @contextmanager
 def autocast_taken_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before autocast_to_bfloat16, with gradients too; wrapped again afterwards."""
+    """The model as it was before autocast_to_bfloat16; wrapped again afterwards."""
     ours = (forward_in_bfloat16, forward_in_float32)
     wrapped = [m for m in model.modules() if getattr(vars(m).get("forward"), "func", None) in ours]
     forwards = [module.forward for module in wrapped]
@@ -125,7 +118,7 @@ def float32_proper() -> Iterator[None]:
 
 
 def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
-    """Wrap the model's forward: it returns float32 logits, computed in bfloat16 wherever gradients are recorded.
+    """Wrap the model's forward: float32 logits, computed in bfloat16 wherever gradients are recorded.
 
     Weights, losses, penalties and spectral norms stay in float32, and so does what is evaluated without gradients.
     """
@@ -136,9 +129,9 @@ def autocast_to_bfloat16(model: nn.Module, device_type: str) -> None:
                 parametrization.forward = partial(forward_in_float32, parametrization.forward, device_type)
 
 
-# A partial of a bound method, unlike a closure, is copied with its module: copy.deepcopy(model) runs its own weights.
+# A partial of a bound method, unlike a closure, is copied with its module by copy.deepcopy.
 def forward_in_bfloat16(forward: Callable, device_type: str, *inputs, **keywords):
-    """forward(*inputs, **keywords) under autocast, if gradients are recorded; logits in bfloat16 become float32."""
+    """forward(*inputs, **keywords) under autocast, if gradients are recorded, with float32 logits."""
     # without the cache of cast weights: each is used once
     with torch.autocast(device_type, torch.bfloat16, enabled=torch.is_grad_enabled(), cache_enabled=False):
         logits = forward(*inputs, **keywords)

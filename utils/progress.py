@@ -14,10 +14,9 @@ SECONDS_BETWEEN_LINES = 30
 def progress(
     items: Iterable, description: str, total: int, unit: str = "it", size: Callable[..., int] = lambda item: 1
 ) -> Iterator:
-    """Yield the items under a tqdm bar on a terminal; elsewhere print a plain line to stderr every 30 seconds.
+    """Yield the items under a tqdm bar on a terminal; elsewhere print a line to stderr every 30 seconds.
 
-    Both give the rate. ``size`` says how many of the ``total`` units an item is. Of several processes the first shows
-    its progress.
+    ``size`` says how many of the ``total`` units an item is. Of several processes the first shows its progress.
     """
     first = rank() == 0
     start = last_line = time.monotonic()
