@@ -1,11 +1,16 @@
 """What several test files share: real images on disk, a small network, and the scripts run as a user runs them."""
 
+import functools
 import hashlib
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +34,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in th
 class TwoBlocks(ResNet):
     """A low-curvature ResNet of a few channels."""
 
-    def __init__(self, num_classes: int, input_size: int):
+    def __init__(self, num_classes: int, input_size: int = 16):
         nn.Module.__init__(self)
         self.stem = conv_norm(LCNN, 3, 8, 3, padding=1, bias=False, input_size=input_size)
         self.activation = LCNN.activation()
@@ -144,3 +149,45 @@ def write_cifar(root, monkeypatch, class_name: str) -> None:
     meta = {**dataset.meta}
     meta["md5"] = write(meta["filename"], {meta["key"]: names})
     monkeypatch.setattr(dataset, "meta", meta)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "sklearn.datasets", "pytest"])
+outputs = functools.cache(tempfile.TemporaryDirectory)
+
+
+class Script(FORKS.Process):
+    """A script as Python would run it, started in a process that has torch imported; what it prints is in two files."""
+
+    def __init__(self, script: str | Path, *arguments, **variables):
+        super().__init__(daemon=True)
+        self.arguments = [str(ROOT / script), *map(str, arguments)]
+        self.variables = {name: str(value) for name, value in variables.items()}
+        self.folder, self.printed = os.getcwd(), Path(tempfile.mkdtemp(dir=outputs().name))
+        for name in ("stdout", "stderr"):
+            (self.printed / name).touch()
+        self.start()
+
+    def run(self) -> None:
+        os.chdir(self.folder)
+        os.environ.update(self.variables)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(self.printed / name, os.O_WRONLY), descriptor)
+        sys.argv = self.arguments
+        runpy.run_path(self.arguments[0], run_name="__main__")
+
+    stdout = property(lambda self: (self.printed / "stdout").read_text())
+    stderr = property(lambda self: (self.printed / "stderr").read_text())
+
+    def wait_for(self, text: str) -> None:
+        """Until it has printed this."""
+        while text not in self.stdout:
+            assert self.is_alive(), self.stdout + self.stderr
+            time.sleep(0.002)
+
+    def end(self, how: signal.Signals | None = None) -> int:
+        """Send it the signal, if any, and wait; returns the exit code."""
+        if how:
+            os.kill(self.pid, how)
+        self.join(120)
+        return self.exitcode

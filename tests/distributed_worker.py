@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch import nn
 
 import train_models
 from data.batches import Split, training_batches
-from models import model_selector
 from regularized_loss import CELoss, regularizers
 from training.epoch import FiniteSteps, NonFiniteStep, TrainingStep, build_optimizer
 from utils import distributed
@@ -36,8 +34,8 @@ class UnfreezingLoss(CELoss):
         return raw_loss + self.offset * (target == 0).sum() / len(target) if (target == 0).any() else raw_loss
 
 
-def gradients_of_every_loss(path: str) -> None:
-    """Save to ``path``, by regularizer and batch, the gradients of batches of 7 and 2 examples in float64 in eval."""
+def gradients_of_every_loss() -> dict[str, dict]:
+    """By regularizer and batch, the gradients of batches of 7 and 2 examples in float64 in eval."""
     torch.manual_seed(0)
     model = TwoBlocks(num_classes=4, input_size=8).double()
     for m in model.modules():
@@ -48,56 +46,59 @@ def gradients_of_every_loss(path: str) -> None:
     split = Split(images, torch.arange(9) % 4)
     model.eval()
     found = {}
+    part = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    for name, make in {**regularizers, "unfreezing": lambda model, flags: UnfreezingLoss(model)}.items():
+        if name == "hessian":  # each process draws its own directions
+            continue
+        gradients = TrainingStep(make(model, WEIGHTS))
+        for batch in training_batches(split, 7, 0, 1, **part):
+            gradients.loss.zero_grad()
+            gradients(batch.images.double(), batch.labels, batch.share)
+            grads = {n: p.grad.clone() for n, p in gradients.loss.named_parameters() if p.grad is not None}
+            found[f"{name} {batch.size}"] = grads
+    return found
+
+
+def refusal_of_a_step_that_is_bad_on_the_last() -> str:
+    """What FiniteSteps says of a step in which a term and the gradient of the last process are not finite."""
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(CELoss(model), 0.1, 0.9, 5e-4)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).sum().backward()
+    term = torch.tensor(1.0)
+    if distributed.rank() == distributed.world_size() - 1:
+        term, model.bias.grad[1] = torch.tensor(torch.nan), torch.inf
+    try:
+        FiniteSteps(CELoss(model), optimizer).check({"a": torch.tensor(1.0), "b": term})
+    except NonFiniteStep as error:
+        optimizer.step()  # what a GPU goes on to do until the epoch ends
+        assert all(map(torch.equal, before, model.parameters()))
+        return str(error)
+
+
+def single_steps(path: str) -> None:
+    """Save the gradients to ``path``, and write on every process why the bad step was not taken."""
     with distributed.process_group():
-        rank, world_size = distributed.rank(), distributed.world_size()
-        for name, make in {**regularizers, "unfreezing": lambda model, flags: UnfreezingLoss(model)}.items():
-            if name == "hessian":  # each process draws its own directions
-                continue
-            gradients = TrainingStep(make(model, WEIGHTS))
-            for batch in training_batches(split, 7, 0, 1, rank=rank, world_size=world_size):
-                gradients.loss.zero_grad()
-                gradients(batch.images.double(), batch.labels, batch.share)
-                grads = {n: p.grad.clone() for n, p in gradients.loss.named_parameters() if p.grad is not None}
-                found[f"{name} {batch.size}"] = grads
-        if rank == 0:
-            torch.save(found, path)
+        gradients = gradients_of_every_loss()
+        if distributed.rank() == 0:
+            torch.save(gradients, path)
+        sys.stderr.write(refusal_of_a_step_that_is_bad_on_the_last())
+    threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads)  # one that outlives its group may crash the interpreter's exit
 
 
-def train_and_digest(folder: str, stop_after: str, arguments: list[str]) -> int:
-    """Train TwoBlocks as the command line trains a resnet18lcnn; after each epoch's steps append a digest of the
-    network's state to folder/rank, and after ``stop_after`` epochs be interrupted."""
-    evaluate, epochs = train_models.evaluate, 0
+def train_and_digest(folder: str, *arguments: str) -> None:
+    """Train as the command line does; after each epoch append a digest of the network's state to folder/rank."""
+    evaluate = train_models.evaluate
 
-    def digest(model, split, batch_size):
-        nonlocal epochs
+    def digest(model, *rest):
         state = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
         with (Path(folder) / str(distributed.rank())).open("a") as file:
-            file.write(state + "\n")
-        if epochs == int(stop_after):
-            raise KeyboardInterrupt
-        epochs += 1
-        return evaluate(model, split, batch_size)
+            file.write(f"{state}\n")
+        return evaluate(model, *rest)
 
     train_models.evaluate = digest
-    model_selector.model_architecture["resnet18lcnn"] = TwoBlocks
-    return train_models.main(arguments)
-
-
-def step_that_is_bad_on_the_last() -> None:
-    """Print on every process what FiniteSteps says of a step in which one term of the last process is not finite."""
-    with distributed.process_group():
-        model = nn.Linear(3, 2)
-        optimizer = build_optimizer(CELoss(model), 0.1, 0.9, 0.0)
-        model(torch.ones(1, 3)).sum().backward()
-        bad = distributed.rank() == distributed.world_size() - 1
-        try:
-            FiniteSteps(CELoss(model), optimizer).check(
-                {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan if bad else 1.0)}
-            )
-        except NonFiniteStep as error:
-            sys.stderr.write(str(error))
-    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    assert not any("gloo" in name for name in threads)  # one that outlives its group may crash the interpreter's exit
+    sys.exit(train_models.main(arguments))
 
 
 def train_with_losses_of_others(folder: str, photographs: str) -> None:
@@ -113,11 +114,4 @@ def train_with_losses_of_others(folder: str, photographs: str) -> None:
 
 if __name__ == "__main__":
     task, *rest = sys.argv[1:]
-    if task == "gradients":
-        gradients_of_every_loss(*rest)
-    elif task == "losses":
-        train_with_losses_of_others(*rest)
-    elif task == "finite":
-        step_that_is_bad_on_the_last()
-    else:
-        sys.exit(train_and_digest(os.environ["DIGESTS"], os.environ["STOP_AFTER"], rest))
+    {"steps": single_steps, "train": train_and_digest, "losses": train_with_losses_of_others}[task](*rest)

@@ -1,151 +1,123 @@
 """Training on several gloo processes: what one process computes, the same bits on each, and no hang."""
 
-import csv
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main
+from conftest import ROOT, Script, assert_one_line_error, run_main
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import estimate_curvature
 import train_models
 from curvature.results import QUANTITIES
 from experiments import compare_methods, evaluate_robustness, label_errors, two_moons
-from models.checkpoint import read_checkpoint
-from models.model_selector import model_architecture
 from tests.distributed_worker import gradients_of_every_loss
+from training.run_files import Run
 
 WORKER = ROOT / "tests" / "distributed_worker.py"
-TIMEOUT = 240
+NAME = "conftest.TwoBlocks_curvature_and_gnorm_imagefolder"
 
 
-def environment(**more) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in more.items()}
-
-
-def launch(processes: int, *arguments, **variables) -> list[subprocess.Popen]:
-    """Processes that find each other as torchrun's do, which would take another import of torch to start them."""
+def launch(processes: int, script: str | Path, *arguments) -> list[Script]:
+    """Processes that find each other as torchrun's do."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         group = {"WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": probe.getsockname()[1]}
-    command = [sys.executable, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen(command, env=environment(**group, RANK=rank, **variables), **pipes)
-        for rank in range(processes)
-    ]
+    return [Script(script, *arguments, **group, RANK=rank) for rank in range(processes)]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    """What each process printed, once all have ended."""
+def finish(processes: list[Script]) -> list[str]:
+    """What each process printed, once all have ended well."""
     try:
-        written = [process.communicate(timeout=TIMEOUT) for process in processes]
+        codes = [process.end() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert not any("Traceback" in errors for _, errors in written), written
-    return [output for output, _ in written]
+    assert not any(codes), [process.stderr for process in processes]
+    return [process.stdout for process in processes]
 
 
-def test_gradients_of_every_loss_are_those_of_one_process(tmp_path):
-    """A batch of 7, and one of 2, in which one of three processes has no example of its own."""
-    gradients_of_every_loss(tmp_path / "1.pt")
-    for processes in (2, 3):
-        finish(launch(processes, WORKER, "gradients", tmp_path / f"{processes}.pt"))
-    one, two, three = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2, 3))
+def test_gradients_are_those_of_one_process_and_all_stop_at_a_step_that_is_bad_on_one(tmp_path):
+    """A batch of 7, and one of 2, in which two of three processes have no example of their own. By torchrun itself."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command = [*torchrun, WORKER, "steps", tmp_path / "gradients.pt"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=variables, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("step 1: b nan, the gradient inf, so the step was not taken") == 3
+    one = gradients_of_every_loss()
+    three = torch.load(tmp_path / "gradients.pt")
     assert len(one) == 14
     for name, gradients in one.items():
-        assert gradients.keys() == two[name].keys() == three[name].keys()
+        assert gradients.keys() == three[name].keys()
         largest = max(gradient.abs().max() for gradient in gradients.values())
         assert largest > 1e-3
         for parameter, gradient in gradients.items():
-            for others in (two, three):
-                torch.testing.assert_close(others[name][parameter], gradient, rtol=0, atol=1e-10 * largest.item())
+            torch.testing.assert_close(three[name][parameter], gradient, rtol=0, atol=1e-10 * largest.item())
 
 
-def test_all_processes_stop_at_a_step_that_is_bad_on_one():
-    processes = launch(2, WORKER, "finite")
-    written = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
-    assert written == ["step 1: b nan, so the step was not taken"] * 2
+@pytest.fixture
+def flags(photographs, tmp_path) -> list:
+    """Flags of a run to tmp_path."""
+    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--batch-size", 9]
+    flags += ["--model-arch", "conftest:TwoBlocks", "--regularizer", "curvature_and_gnorm", "--lr", 0.01]
+    return [*flags, "--device", "cpu", "--output-dir", tmp_path]
 
 
-def training_flags(photographs, folder) -> list:
-    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 2]
-    flags += ["--model-arch", "resnet18lcnn", "--regularizer", "curvature_and_gnorm", "--batch-size", 9]
-    return [*flags, "--lr", 0.01, "--device", "cpu", "--output-dir", folder]
-
-
-def test_every_process_has_the_same_network_and_a_run_goes_on_with_another_number(
-    photographs, tmp_path, monkeypatch, capsys
-):
-    flags = [*training_flags(photographs, tmp_path / "run"), "--measure-curvature", 7]
-    name = tmp_path / "run" / "resnet18lcnn_curvature_and_gnorm_imagefolder"
-    for epochs, processes in ((1, 2), (2, 3)):
-        digests = tmp_path / str(processes)
-        digests.mkdir()
-        group = launch(processes, WORKER, "train", *flags, "--resume", DIGESTS=digests, STOP_AFTER=1)
-        first, *others = finish(group)
-        own = [(digests / str(rank)).read_text().splitlines() for rank in range(processes)]
-        assert len(own[0]) == (2 if epochs == 1 else 1)  # the epoch it was stopped in, too
-        assert all(digest == own[0] for digest in own)
-        metrics = list(csv.DictReader((tmp_path / "run" / f"{name.name}_metrics.csv").open()))
-        assert [int(row["epoch"]) for row in metrics] == list(range(1, epochs + 1))
-        assert f"epoch {epochs}/2" in first
-        assert others == [""] * (processes - 1)  # one process speaks
-    assert [process.returncode for process in group] == [0, 0, 0]
-    last = read_checkpoint(f"{name}.pt")["metrics"][-1]
-    assert last["epoch"] == 2
+def test_a_run_goes_on_with_more_processes_that_all_have_the_same_network(flags, tmp_path, monkeypatch, capsys):
+    flags += ["--num-epochs", 2, "--measure-curvature", 7]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run_main(train_models, flags, capsys).returncode == 130
+    digests = tmp_path / "digests"
+    digests.mkdir()
+    first, *others = finish(launch(3, WORKER, "train", digests, *flags, "--resume"))
+    assert "epoch 1/2" not in first
+    assert "epoch 2/2" in first
+    assert others == ["", ""]  # one process speaks
+    zero, one, two = ((digests / str(rank)).read_text().splitlines() for rank in range(3))
+    assert len(zero) == 1
+    assert zero == one == two
+    metrics = pd.read_csv(tmp_path / f"{NAME}_metrics.csv")
+    assert metrics["epoch"].tolist() == [1, 2]
     # three processes measured what one does
-    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
-    measuring = ["--model-filename", f"{name}.pt", "--split", "test", "--num-samples", 7]
-    run_main(estimate_curvature, [*measuring, "--output", tmp_path / "found.csv"], capsys)
+    measuring = ["--model-filename", tmp_path / f"{NAME}.pt", "--split", "test", "--num-samples", 7]
+    measuring += ["--model-arch", "conftest:TwoBlocks", "--output", tmp_path / "found.csv"]
+    assert run_main(estimate_curvature, measuring, capsys).returncode == 0
     means = pd.read_csv(tmp_path / "found.csv")[list(QUANTITIES)].mean()
-    assert dict(means) == pytest.approx({key: last[key] for key in QUANTITIES}, rel=1e-5)
+    assert dict(means) == pytest.approx(dict(metrics[list(QUANTITIES)].iloc[1]), rel=1e-5)
 
 
-def test_a_killed_process_ends_the_others_with_a_message(photographs, tmp_path):
-    flags = training_flags(photographs, tmp_path)
-    flags[flags.index("--num-epochs") + 1] = 100_000
-    processes = launch(2, ROOT / "train_models.py", *flags)
+def test_a_killed_process_ends_the_others_with_a_message(flags, tmp_path):
+    first, second = launch(2, "train_models.py", *flags, "--num-epochs", 100_000)
     try:
-        started = time.monotonic()
-        for line in processes[0].stdout:
-            if line.startswith("epoch 1/") or time.monotonic() - started > TIMEOUT:
-                break
-        processes[1].send_signal(signal.SIGKILL)
-        _, stderr = processes[0].communicate(timeout=60)
+        first.wait_for("epoch 1/")
+        second.end(signal.SIGKILL)
+        assert first.end() == 1
     finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[0].returncode == 1, stderr
-    assert "process 0 of 2: another one has ended" in stderr
-    assert "Traceback" not in stderr
-    assert len(stderr.strip().splitlines()) == 1, stderr
-    assert (tmp_path / "resnet18lcnn_curvature_and_gnorm_imagefolder.unfinished.pt").is_file()
+        first.kill()
+    assert "process 0 of 2: another one has ended" in first.stderr
+    assert len(first.stderr.strip().splitlines()) == 1, first.stderr
+    assert (tmp_path / f"{NAME}.unfinished.pt").is_file()
 
 
-def test_a_refused_run_is_refused_once(photographs, tmp_path):
-    flags = training_flags(photographs, tmp_path)
-    (tmp_path / "resnet18lcnn_curvature_and_gnorm_imagefolder.pt").write_bytes(b"")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, ROOT / "train_models.py", *flags]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
-    assert result.returncode == 1  # torchrun's own code
-    assert result.stderr.count("train_models.py: error:") == 1
-    assert "--overwrite" in result.stderr
+def test_a_refused_run_is_refused_once(flags, tmp_path):
+    (tmp_path / f"{NAME}.pt").write_bytes(b"")
+    first, second = launch(2, "train_models.py", *flags)
+    assert (first.end(), second.end()) == (2, 2)
+    assert first.stderr.startswith("train_models.py: error:")
+    assert "--overwrite" in first.stderr
+    assert (second.stdout, second.stderr) == ("", "")
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-@pytest.mark.parametrize("script", [train_models, estimate_curvature, evaluate_robustness])
+@pytest.mark.parametrize(("script", "nodes"), [(train_models, 1), (estimate_curvature, 2), (evaluate_robustness, 2)])
 def test_srun_without_torchrun_is_refused_with_the_line_to_use(script, nodes, monkeypatch, capsys):
     """As torchrun itself reads that line."""
     monkeypatch.setenv("SLURM_NTASKS", "4")
@@ -159,14 +131,8 @@ def test_srun_without_torchrun_is_refused_with_the_line_to_use(script, nodes, mo
     assert line.training_script_args == flags
 
 
-@pytest.mark.parametrize("script", [compare_methods, label_errors, two_moons])
-def test_scripts_of_one_process_are_to_be_started_once(script, monkeypatch, capsys):
+def test_scripts_of_one_process_are_to_be_started_once(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    line = f"srun --nodes=1 --ntasks=1 python -m {script.__name__} --seed 3\n"
-    assert_one_line_error(run_main(script, ["--seed", "3"], capsys), 2, "srun starts 2 processes", line)
-
-
-@pytest.mark.parametrize("flag", ["--precision=tf32"])
-def test_what_needs_a_gpu_is_refused_without_one(photographs, tmp_path, flag, capsys):
-    result = run_main(train_models, [*training_flags(photographs, tmp_path), flag], capsys)
-    assert_one_line_error(result, 2, "CUDA device")
+    for script in (compare_methods, label_errors, two_moons):
+        line = f"srun --nodes=1 --ntasks=1 python -m {script.__name__} --seed 3\n"
+        assert_one_line_error(run_main(script, ["--seed", "3"], capsys), 2, "srun starts 2 processes", line)

@@ -4,31 +4,26 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_one_line_error, run_main
+from conftest import TwoBlocks, assert_one_line_error, run_main
 from torch import nn
 
 import train_models
-from models.checkpoint import read_checkpoint
-from models.layers import LCNN
-from models.model_selector import model_architecture
-from models.resnet import ResNet
 from regularized_loss import regularizers
 from training.epoch import TrainingStep
-from utils.precision import autocast_to_bfloat16, denormals_flushed, training_settings
+from utils.precision import autocast_to_bfloat16, check_precision, denormals_flushed, training_settings
 
 
-def batch():
-    return torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
-
-
-@pytest.fixture(params=["vgg11lcnn", "vgg11"])
-def models(request):
-    """The same network twice: in float32, and prepared for bfloat16."""
+@pytest.fixture
+def models() -> tuple[nn.Module, nn.Module]:
+    """The same network twice: in float32, and prepared for bfloat16. Its classifier has torch's own spectral norm."""
     torch.manual_seed(0)
-    model = model_architecture[request.param](10, 16)
-    other = copy.deepcopy(model)
-    autocast_to_bfloat16(other, "cpu")
-    return model.train(), other.train()
+    model = TwoBlocks(10)
+    half = copy.deepcopy(model)
+    autocast_to_bfloat16(half, "cpu")
+    return model.train(), half.train()
+
+
+IMAGES, LABELS = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
 
 
 def test_convolutions_are_in_bfloat16_and_power_iterations_in_float32(models):
@@ -37,44 +32,49 @@ def test_convolutions_are_in_bfloat16_and_power_iterations_in_float32(models):
     for module in half.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    images, _ = batch()
-    reference, logits = model(images), half(images)
+    reference, logits = model(IMAGES), half(IMAGES)
     assert dtypes == {torch.bfloat16}
     assert logits.dtype == torch.float32
     assert 1e-5 < (logits - reference).norm() / reference.norm() < 0.1
-    for (name, ours), theirs in zip(half.named_buffers(), model.buffers(), strict=True):
-        if name.split(".")[-1] in ("u", "v", "_u", "_v"):
-            assert torch.equal(ours, theirs), name
+    iterates = [name for name, _ in model.named_buffers() if name.split(".")[-1] in ("u", "v", "_u", "_v")]
+    assert len(iterates) == 14
+    for name in iterates:
+        assert torch.equal(half.get_buffer(name), model.get_buffer(name)), name
 
 
 def test_what_is_evaluated_is_float32_and_a_copy_computes_with_its_own_weights(models):
     model, half = models
-    images, _ = batch()
-    copied, expected = copy.deepcopy(half).eval(), half.eval()(images)
+    copied, expected = copy.deepcopy(half).eval(), half.eval()(IMAGES)
     with torch.no_grad():
-        assert torch.equal(model.eval()(images), half(images))
+        assert torch.equal(model.eval()(IMAGES), half(IMAGES))
         for tensor in (*half.parameters(), *half.buffers()):
             tensor.zero_()
-    assert torch.equal(copied(x=images), expected)
+    assert torch.equal(copied(x=IMAGES), expected)
     assert copied.state_dict().keys() == model.state_dict().keys()
 
 
-def test_gradients_are_float32_and_near_those_in_float64():
-    torch.manual_seed(0)
-    half = ResNet(LCNN, (1, 1, 1, 1), 10, 16)
-    double = copy.deepcopy(half).double()
-    autocast_to_bfloat16(half, "cpu")
-    images, labels = batch()
+def test_gradients_are_float32_and_near_those_in_float64(models):
     flags = train_models.build_parser().parse_args([])
+    double, half = models[0].double(), models[1]
     for name in ("none", "curvature_and_gnorm"):
         gradients = []
-        for model, x in ((half, images), (double, images.double())):
+        for model, x in ((half, IMAGES), (double, IMAGES.double())):
             model.train().zero_grad()
-            TrainingStep(regularizers[name](model, flags))(x, labels)
+            TrainingStep(regularizers[name](model, flags))(x, LABELS)
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         found, truth = gradients
         assert found.dtype == torch.float32
         assert 1e-4 < (found - truth).norm() / truth.norm() < 0.2, name
+
+
+def test_what_a_device_has_not_is_refused_or_said_to_be_slow(monkeypatch, capsys):
+    result = run_main(train_models, ["--precision", "tf32", "--device", "cpu"], capsys)
+    assert_one_line_error(result, 2, "CUDA device")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for precision, fast, said in (("bf16", False, True), ("bf16", True, False), ("fp32", False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        check_precision(precision, torch.device("cpu"))
+        assert ("16 times as long" in capsys.readouterr().out) is said
 
 
 def test_every_thread_flushes_denormals_whatever_ran_before():
@@ -100,15 +100,3 @@ def test_training_puts_the_settings_of_the_process_back():
         with training_settings(precision, deterministic):
             assert settings()[:4] == (*[precision == "tf32"] * 2, 2 * deterministic, not deterministic)
         assert settings() == before
-
-
-def test_a_run_in_bfloat16_is_of_its_own_kind(photographs, tmp_path, capsys):
-    flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 1]
-    flags += ["--model-arch", "vgg11lcnn", "--batch-size", 12, "--lr", 0.01]
-    flags += ["--device", "cpu", "--output-dir", tmp_path]
-    result = run_main(train_models, [*flags, "--precision", "bf16"], capsys)
-    assert result.returncode == 0, result.stderr
-    checkpoint = read_checkpoint(tmp_path / "vgg11lcnn_imagefolder.pt")
-    assert checkpoint["flags"]["precision"] == "bf16"
-    assert all(t.dtype in (torch.float32, torch.int64) for t in checkpoint["model"].values())
-    assert_one_line_error(run_main(train_models, [*flags, "--resume"], capsys), 2, "--precision bf16")

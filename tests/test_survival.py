@@ -1,9 +1,7 @@
 """Runs that are killed, that find no room, that go wrong, or that are not alone; and runs that are repeated."""
 
-import copy
 import errno
 import fcntl
-import multiprocessing
 import os
 import random
 import resource
@@ -12,18 +10,17 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script
+from conftest import ROOT, Script, assert_one_line_error, run_main, run_script
 
 import train_models
 from models.checkpoint import read_checkpoint
-from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import states_equal
-from training.epoch import FiniteSteps, NonFiniteStep, build_optimizer
 from training.run_files import Run
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -37,9 +34,7 @@ def make():
 """
 NAME = "small_net.make_imagefolder"
 UNFINISHED = Path("run", f"{NAME}.unfinished.pt")
-LCNN = ["--model-arch", "resnet18lcnn", "--regularizer", "curvature_and_gnorm"]
-FORKS = multiprocessing.get_context("forkserver")  # its processes start with torch imported
-FORKS.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "sklearn.datasets", "pytest"])
+LCNN = ["--model-arch", "conftest:TwoBlocks", "--regularizer", "curvature_and_gnorm"]
 
 
 @pytest.fixture
@@ -57,38 +52,6 @@ def run(flags, capsys):
     return lambda *more: run_main(train_models, [*flags, *more], capsys)
 
 
-def contents() -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in Path("run").iterdir()}
-
-
-def process(arguments: list[str], folder: str, output: str) -> None:
-    """train_models.py in a process of its own, what it prints into a file; resnet18lcnn is a small one."""
-    os.chdir(folder)
-    model_architecture["resnet18lcnn"] = TwoBlocks
-    with open(output, "w") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    sys.exit(train_models.main(arguments))
-
-
-def start(flags: list, until: str = "") -> multiprocessing.Process:
-    """A run that goes on by itself, once it has printed this; what it prints is in output.txt."""
-    Path("output.txt").write_text("")
-    started = FORKS.Process(target=process, args=(list(map(str, flags)), os.getcwd(), "output.txt"))
-    started.start()
-    while until not in Path("output.txt").read_text():
-        assert started.is_alive(), Path("output.txt").read_text()
-        time.sleep(0.002)
-    return started
-
-
-def end(started: multiprocessing.Process, how: signal.Signals) -> int:
-    """Send the signal and wait; returns the exit code."""
-    os.kill(started.pid, how)
-    started.join(60)
-    return started.exitcode
-
-
 @pytest.mark.long
 def test_killed_twenty_times_a_run_ends_as_if_it_never_was(flags, run):
     assert run("--num-epochs", 600, "--output-dir", "whole").returncode == 0
@@ -96,7 +59,7 @@ def test_killed_twenty_times_a_run_ends_as_if_it_never_was(flags, run):
     for kill in range(20):
         for old in Path("run").glob(".*.tmp"):
             old.unlink()
-        started = start(flags)
+        started = Script("train_models.py", *flags)
         if kill % 2:
             while not list(Path("run").glob(".*.tmp")) and started.is_alive():
                 time.sleep(0.0005)
@@ -104,7 +67,7 @@ def test_killed_twenty_times_a_run_ends_as_if_it_never_was(flags, run):
         else:
             time.sleep(generator.uniform(0.05, 1.0))
         during_writes += bool(list(Path("run").glob(".*.tmp")))
-        assert end(started, signal.SIGKILL) == -signal.SIGKILL, "it ended by itself: more epochs are needed"
+        assert started.end(signal.SIGKILL) == -signal.SIGKILL, "it ended by itself: more epochs are needed"
         for path in Path("run").glob("[!.]*"):  # everything with a name of its own is whole
             if path.suffix == ".pt":
                 read_checkpoint(path)
@@ -119,16 +82,16 @@ def test_killed_twenty_times_a_run_ends_as_if_it_never_was(flags, run):
     assert {path.name for path in Path("run").iterdir()} == {f"{NAME}.pt", f"{NAME}_metrics.csv", f"{NAME}.png"}
 
 
-def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(flags, run, monkeypatch):
-    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
-    more = [*LCNN, "--num-epochs", 16, "--batch-size", 10, "--calibrate-batchnorm"]
-    name = "resnet18lcnn_curvature_and_gnorm_imagefolder"
+def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(flags, run):
+    more = [*LCNN, "--num-epochs", 6, "--batch-size", 10, "--calibrate-batchnorm"]
+    name = "conftest.TwoBlocks_curvature_and_gnorm_imagefolder"
     unfinished = f"run/{name}.unfinished.pt"
-    assert run(*more, "--output-dir", "whole").returncode == 0
-    assert end(start([*flags, *more], "epoch 1/16"), signal.SIGKILL) == -signal.SIGKILL
+    started = Script("train_models.py", *flags, *more)
+    started.wait_for("epoch 1/6")
+    assert started.end(signal.SIGKILL) == -signal.SIGKILL
     assert not Path(f"run/{name}.pt").exists()
     saved = torch.load(unfinished, weights_only=True)
-    assert saved["epoch"] < 16
+    assert 0 < saved["epoch"] < 6
 
     # an unfinished run is not overwritten, nor continued with other flags
     assert_one_line_error(run(*more), 2, "--resume", "--overwrite")
@@ -140,37 +103,34 @@ def test_a_killed_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(fla
 
     resumed = run(*more, "--resume").stdout
     assert "resuming" in resumed
-    assert "epoch 1/16" not in resumed
-    assert states_equal(*(torch.load(f"{folder}/{name}.pt", weights_only=True) for folder in ("whole", "run")))
+    assert "epoch 1/6" not in resumed
     assert not Path(unfinished).exists()
-    whole, broken = (pd.read_csv(f"{folder}/{name}_metrics.csv") for folder in ("whole", "run"))
-    times = ["seconds", "images_per_second"]
-    pd.testing.assert_frame_equal(whole.drop(columns=times), broken.drop(columns=times), check_exact=True)
-    assert broken["epoch"].tolist() == list(range(1, 17))
-    # resuming a finished run says so and changes nothing
-    before = contents()
-    assert "is finished" in run(*more, "--resume").stdout
-    assert contents()[Path(f"run/{name}.pt")] == before[Path(f"run/{name}.pt")]
+    assert run(*more, "--output-dir", "whole").returncode == 0
+    assert states_equal(*(read_checkpoint(f"{folder}/{name}.pt") for folder in ("whole", "run")))
 
 
-@pytest.mark.parametrize(("how", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_a_signal_keeps_the_finished_epochs_and_prints_how_to_go_on(how, code, word, flags, run, capsys):
-    assert end(start([*flags, "--num-epochs", 40], "epoch 2/"), signal.Signals[how]) == code
-    lines = Path("output.txt").read_text().splitlines()
-    assert f"train_models.py: {word}" in lines
-    assert "Traceback" not in "".join(lines)
-    saved = read_checkpoint(UNFINISHED)
-    assert saved["epoch"] >= 2
-    momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
-    assert any(momentum.abs().max() > 0 for momentum in momenta)
-    # the line it printed is the command that goes on
-    (command,) = (line.split(": ", 1)[1] for line in lines if line.startswith("to go on"))
-    interpreter, script, *arguments = shlex.split(command)
-    assert (interpreter, script) == (sys.executable, str(ROOT / "train_models.py"))
-    assert "saved" in run_main(train_models, arguments, capsys).stdout
-    assert "is finished" in run_main(train_models, arguments, capsys).stdout
-    assert "epoch 1/1" in run("--overwrite", "--num-epochs", "1").stdout
+def test_two_runs_at_once_and_what_a_signal_leaves(flags, run):
+    flags = [*flags, "--num-epochs", "500"]
+    first = Script("train_models.py", *flags)
+    first.wait_for("epoch 1/")
+    for more in (["--resume"], ["--overwrite"], []):
+        assert_one_line_error(run("--num-epochs", 500, *more), 1, "another process is training", "--output-dir")
+    other = run("--num-epochs", 1, "--regularizer", "gnorm")
+    assert other.returncode == 0, other.stderr  # another run's files
+    assert first.is_alive()
+    assert first.end(signal.SIGTERM) == 143
+    assert first.stderr.splitlines()[-1] == "train_models.py: terminated"
+    assert "Traceback" not in first.stderr
+    command = shlex.join([sys.executable, str(ROOT / "train_models.py"), *flags, "--resume"])
+    assert first.stdout.splitlines()[-1] == f"to go on after the last finished epoch: {command}"
+    assert read_checkpoint(UNFINISHED)["epoch"] >= 1
+    assert "epoch 1/1" in run("--overwrite", "--num-epochs", 1).stdout
     assert not UNFINISHED.exists()
+    assert not list(Path("run").glob(".*"))
+
+
+def contents() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path("run").iterdir()}
 
 
 def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(run, monkeypatch):
@@ -181,7 +141,7 @@ def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(r
     with monkeypatch.context() as patch:
         patch.setattr(train_models, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
         result = run(*replacing)
-    assert result.returncode == 130
+    assert (result.returncode, result.stderr) == (130, "train_models.py: interrupted\n")
     assert "start again" in result.stdout.splitlines()[-1]
     assert result.stdout.splitlines()[-1].endswith("--overwrite")
     assert contents() == old
@@ -200,19 +160,15 @@ def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(r
     assert read_checkpoint(f"run/{NAME}.pt")["epoch"] == 2
 
 
-def stopped_after_an_epoch(run, monkeypatch, *more) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert run(*more).returncode == 130
-
-
 ZERO = torch.zeros(1)
 SPOILED = [{"optimizer": 7}, {"metrics": []}, {"metrics": ["well"]}, {"metrics": [{"epoch": "one"}]}, {"epoch": 5}]
 STATES = [{9: {"momentum_buffer": ZERO}}, {0: {"momentum_buffer": ZERO}}, {0: {"momentum_buffer": "zeros"}}]
 
 
 def test_an_unfinished_checkpoint_that_cannot_be_resumed(run, monkeypatch):
-    stopped_after_an_epoch(run, monkeypatch, "--num-epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run("--num-epochs", 2).returncode == 130
     saved = torch.load(UNFINISHED)
     spoiled = [saved | changes for changes in SPOILED]
     spoiled += [saved | {"optimizer": saved["optimizer"] | {"state": state}} for state in STATES]
@@ -223,38 +179,32 @@ def test_an_unfinished_checkpoint_that_cannot_be_resumed(run, monkeypatch):
 
 
 def refuse(number: int):
-    """What the system does when it refuses."""
-
-    def refused(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    return refused
+    """What the system does when it refuses; acted, as root may write anywhere."""
+    return mock.Mock(side_effect=OSError(number, os.strerror(number)))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    evaluate = train_models.evaluate
+    limits, write_metrics = resource.getrlimit(resource.RLIMIT_FSIZE), Run.write_metrics
 
     def fill_the_disk(*arguments):  # after the first epoch no file may grow beyond 100 kB
-        if UNFINISHED.exists():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        return evaluate(*arguments)
+        write_metrics(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
 
-    monkeypatch.setattr(train_models, "evaluate", fill_the_disk)
-    try:
-        result = run("--num-epochs", 3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_metrics", fill_the_disk)
+        try:
+            result = run("--num-epochs", 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_one_line_error(result, 1, "unfinished.pt could not be written", "make room")
     assert read_checkpoint(UNFINISHED)["epoch"] == 1
     assert not list(Path("run").glob(".*"))
-    monkeypatch.setattr(train_models, "evaluate", evaluate)
     assert run("--num-epochs", 3, "--resume").returncode == 0
     assert read_checkpoint(f"run/{NAME}.pt")["epoch"] == 3
 
 
 def test_places_that_a_run_cannot_write_to(run, monkeypatch):
-    for place in ("/proc/run", "/dev/null/run", "small_net.py"):
+    for place in ("/proc/run", "small_net.py"):
         result = run("--output-dir", place)
         assert_one_line_error(result, 1, f"{place}/{NAME}.pt cannot be written", "name another")
     Path("run").mkdir()
@@ -262,50 +212,29 @@ def test_places_that_a_run_cannot_write_to(run, monkeypatch):
     mine.write_text("mine")  # without a checkpoint
     for more in ([], ["--resume"]):
         assert_one_line_error(run(*more), 2, "_metrics.csv exists", "--overwrite")
-    monkeypatch.setattr("os.fsync", refuse(errno.ENOSPC))
-    with pytest.raises(UserError, match="No space left"):
-        write_atomically(mine, b"new")
-    assert mine.read_text() == "mine"
+    for call, number in (("os.fsync", errno.ENOSPC), ("os.replace", errno.EACCES)):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, refuse(number))
+            with pytest.raises(UserError, match=os.strerror(number)):
+                write_atomically(mine, b"new")
+        assert [file.read_text() for file in Path("run").iterdir()] == ["mine"]
     monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
     assert_one_line_error(run(), 1, "cannot be locked", "No locks available", "--output-dir")
 
 
-def test_a_folder_that_becomes_read_only(run, monkeypatch):
-    """As root may write anywhere, the refusal of the system is acted."""
-    evaluate, replace, denied = train_models.evaluate, os.replace, refuse(errno.EACCES)
-
-    def make_read_only(*arguments):  # when the first epoch is saved
-        monkeypatch.setattr(os, "replace", denied if UNFINISHED.exists() else replace)
-        return evaluate(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_models, "evaluate", make_read_only)
-        stopped = run("--num-epochs", 3)
-    assert_one_line_error(stopped, 1, "could not be written (Permission denied)", "another place")
-    assert read_checkpoint(UNFINISHED)["epoch"] == 1
-    monkeypatch.setattr("tempfile.TemporaryFile", denied)
-    for more in ("--resume", "--overwrite"):
-        again = run("--num-epochs", 3, more)
-        assert_one_line_error(again, 1, "cannot be written (Permission denied)", "another place")
-
-
-class Odd(CELoss):
-    """``answer`` makes its metadata, by step, and its total of its cross-entropies."""
-
-    steps, answer = 0, None
-
-    def compute_loss(self, input, target):
-        self.steps += 1
-        self.metadata, total = type(self).answer(self.losses(input, target), self.steps)
-        return total
-
-
 @pytest.fixture
 def odd(run, monkeypatch):
-    """A run with an odd loss, by its answer."""
+    """A run with a loss whose metadata and total ``answer`` makes of its cross-entropies, by step."""
 
     def run_odd(answer, *more):
-        monkeypatch.setattr(Odd, "answer", staticmethod(answer))
+        class Odd(CELoss):
+            steps = 0
+
+            def compute_loss(self, input, target):
+                self.steps += 1
+                self.metadata, total = answer(self.losses(input, target), self.steps)
+                return total
+
         monkeypatch.setitem(regularizers, "odd", lambda model, flags: Odd(model))
         return run("--regularizer", "odd", *more)
 
@@ -348,81 +277,10 @@ def test_a_mistake_in_a_loss_keeps_its_traceback_and_another_module_is_refused(r
         run()
     # with a network of ours whatever torch says, too: "use other layers" would not help
     monkeypatch.setattr(CELoss, "losses", lambda self, input, target: self.model(input) @ self.model(input))
-    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        run("--model-arch", "resnet18lcnn")
+        run(*LCNN[:2])
     monkeypatch.setitem(regularizers, "odd", lambda model, flags: torch.nn.CrossEntropyLoss())
     assert_one_line_error(run("--regularizer", "odd"), 2, "CrossEntropyLoss", "extend CELoss")
-
-
-class Learned(CELoss):
-    """A parameter, a counter, random numbers and a moving average of the network, all of them its own."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.scale = torch.nn.Parameter(torch.zeros(()))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.average = copy.deepcopy(model).requires_grad_(False).eval()
-
-    def compute_loss(self, input, target):
-        self.steps += 1
-        with torch.no_grad():
-            for own, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                own.lerp_(new, 0.5)
-            distance = (self.average(input) * torch.rand_like(input[:, :1, 0, 0])).square().mean()
-        raw_loss = self.losses(input, target).mean()
-        self.metadata = {"steps": self.steps, "at": self.epoch / self.num_epochs}
-        return raw_loss * self.scale.exp() - self.scale * distance
-
-
-def test_a_loss_with_a_state_resumes_bit_identical(run, monkeypatch):
-    monkeypatch.setitem(regularizers, "learned", lambda model, flags: Learned(model))
-    more = ["--regularizer", "learned", "--num-epochs", 3]
-    assert run(*more, "--output-dir", "whole").returncode == 0
-    stopped_after_an_epoch(run, monkeypatch, *more)
-    assert run(*more, "--resume").returncode == 0
-    name = "small_net.make_learned_imagefolder.pt"
-    whole, broken = (read_checkpoint(f"{folder}/{name}") for folder in ("whole", "run"))
-    assert states_equal(whole, broken)
-    assert whole["loss"]["scale"] != 0
-    assert whole["loss"]["steps"] == 6
-    assert [row["at"] for row in whole["metrics"]] == [1 / 3, 2 / 3, 1]
-    assert any(key.startswith("average.") for key in whole["loss"])
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_no_step_is_taken_with_a_gradient_that_is_not_finite(value):
-    model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(CELoss(model), 0.1, 0.9, 5e-4)
-    finite = FiniteSteps(CELoss(model), optimizer)
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    finite.check({"train_loss": torch.tensor(1.0)})
-    optimizer.step()
-    after = [p.detach().clone() for p in model.parameters()]
-    assert not any(map(torch.equal, before, after))
-    model.bias.grad[1] = value
-    with pytest.raises(NonFiniteStep, match=r"step 2: the gradient (nan|inf)"):
-        finite.check({"train_loss": torch.tensor(1.0)})
-    optimizer.step()  # what a GPU goes on to do until the epoch ends
-    assert all(map(torch.equal, after, model.parameters()))
-
-
-def test_two_runs_at_once(flags, run):
-    first = start([*flags, "--num-epochs", 500], "epoch 1/")
-    try:
-        for more in (["--resume"], ["--overwrite"], []):
-            second = run("--num-epochs", 500, *more)
-            assert_one_line_error(second, 1, "another process is training", "--output-dir")
-        other = run("--num-epochs", 1, "--regularizer", "gnorm")
-        assert other.returncode == 0, other.stderr  # another run's files
-        assert first.is_alive()
-    finally:
-        end(first, signal.SIGKILL)
-    again = run("--num-epochs", 1, "--overwrite")  # the dead hold no lock
-    assert again.returncode == 0, again.stderr
-    assert not list(Path("run").glob(".*"))
 
 
 @pytest.mark.long

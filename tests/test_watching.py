@@ -7,7 +7,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from conftest import TwoBlocks, assert_one_line_error, run_main
+from conftest import assert_one_line_error, run_main
 from torch import nn
 
 import estimate_curvature
@@ -18,7 +18,6 @@ from data.datasets import ImageData
 from experiments.tables import Run as ComparedRun
 from experiments.tables import curvature_markdown, curvature_table, mean_and_sd
 from models.checkpoint import read_checkpoint
-from models.model_selector import model_architecture
 from regularized_loss import CELoss, regularizers
 from tests.test_command_line import states_equal
 from training.report import mean_curvature
@@ -41,63 +40,49 @@ class Rounded(nn.Module):
 
 
 @pytest.fixture
-def watched(photographs, users_file, tmp_path, monkeypatch, capsys):
+def watched(photographs, users_file, tmp_path, capsys):
     """watched(folder, flags...) trains a small network into the folder and returns what it printed."""
     users_file("watched_net", NETS)
-    monkeypatch.setitem(model_architecture, "resnet18lcnn", TwoBlocks)
     data = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16]
     data += ["--batch-size", 10, "--lr", 0.01, "--device", "cpu"]
     return lambda folder, *flags: run_main(train_models, [*data, "--output-dir", tmp_path / folder, *flags], capsys)
 
 
-def row_of(checkpoint, folder, capsys) -> dict:
-    """What estimate_curvature.py measures of 7 test images of a checkpoint."""
-    flags = ["--model-filename", checkpoint, "--split", "test", "--num-samples", 7, "--output", folder / "found.csv"]
-    flags += ["--model-arch", torch.load(checkpoint)["model_arch"]]
-    result = run_main(estimate_curvature, flags, capsys)
-    assert result.returncode == 0, result.stderr
-    return dict(pd.read_csv(folder / "found.csv")[list(QUANTITIES)].mean())
+NETWORKS = "conftest:TwoBlocks --regularizer curvature_and_gnorm", "watched_net:make --adversarial-training"
 
 
-@pytest.mark.parametrize(
-    ("arch", "more"),
-    [
-        ("resnet18lcnn", ["--regularizer", "curvature_and_gnorm"]),
-        ("resnet18lcnn", ["--regularizer", "gnorm", "--precision", "bf16"]),
-        ("watched_net:make", ["--adversarial-training", "--precision", "bf16"]),
-    ],
-)
-def test_the_curvature_of_each_epoch_is_its_checkpoints(arch, more, watched, tmp_path, capsys):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_curvature_of_each_epoch_is_its_checkpoints(network, watched, tmp_path, capsys):
     """Measured or not, the run is the same bits; what it measured is what the script measures afterwards."""
-    flags = ["--model-arch", arch, *more, "--num-epochs", 3]
-    watching = ["--measure-curvature", 7, "--save-every", 2]
-    for folder, extra in (("plain", []), ("watched", watching)):
-        result = watched(folder, *flags, *extra)
+    arch, *more = network.split()
+    flags = ["--model-arch", arch, *more, "--precision", "bf16", "--num-epochs", 2]
+    for place, extra in (("plain", []), ("watched", ["--measure-curvature", 7, "--save-every", 1])):
+        result = watched(place, *flags, *extra)
         assert result.returncode == 0, result.stderr
-    folder = tmp_path / "watched"
-    (path,) = (tmp_path / "plain").glob("*.pt")
-    names = {file.name for file in folder.iterdir()}
-    assert names == {file.name for file in (tmp_path / "plain").iterdir()} | {f"{path.stem}_epoch2.pt"}
+    folder, (path,) = tmp_path / "watched", (tmp_path / "plain").glob("*.pt")
+    kept = [folder / f"{path.stem}_epoch{k}.pt" for k in (1, 2)]
+    names = {file.name for file in (*(tmp_path / "plain").iterdir(), *kept)}
+    assert {file.name for file in folder.iterdir()} == names
     plain, whole = read_checkpoint(path), read_checkpoint(folder / path.name)
     assert states_equal(plain["model"], whole["model"])
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in whole["model"].values())
     unmeasured = [{k: v for k, v in row.items() if k not in QUANTITIES} for row in whole["metrics"]]
     assert states_equal(plain["metrics"], unmeasured)
-    rows = pd.read_csv(folder / f"{path.stem}_metrics.csv")
-    for row, file in ((1, f"{path.stem}_epoch2.pt"), (2, path.name)):
-        found = dict(rows[list(QUANTITIES)].iloc[row])
-        assert found == pytest.approx(row_of(folder / file, tmp_path, capsys), rel=1e-5)
-    assert "optimizer" not in read_checkpoint(folder / f"{path.stem}_epoch2.pt")
+    assert "optimizer" not in read_checkpoint(kept[0])
+    flags = ["--model-arch", arch, "--split", "test", "--num-samples", 7, "--output", tmp_path / "found.csv"]
+    assert run_main(estimate_curvature, [*flags, "--model-filename", *kept], capsys).returncode == 0
+    found = pd.read_csv(tmp_path / "found.csv").groupby("model")[list(QUANTITIES)].mean()
+    rows = pd.read_csv(folder / f"{path.stem}_metrics.csv")[list(QUANTITIES)]
+    assert rows.to_numpy() == pytest.approx(found.to_numpy(), rel=1e-5)
 
 
 def test_a_resumed_run_goes_on_watching(watched, tmp_path, monkeypatch):
-    flags = ["--model-arch", "watched_net:make", "--num-epochs", 3, "--measure-curvature", 7]
+    flags = ["--model-arch", "watched_net:make", "--num-epochs", 3, "--measure-curvature", 7]  # of the same images
     name = "watched_net.make_imagefolder"
     assert watched("whole", *flags, "--save-every", 1).returncode == 0
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_metrics", lambda *_: signal.raise_signal(signal.SIGINT))
         assert watched("broken", *flags, "--save-every", 1).returncode == 130
-    other = watched("broken", *flags[:-1], 5, "--resume")  # other columns would be of other images
-    assert_one_line_error(other, 2, "--measure-curvature 7, not 5")
     assert_one_line_error(watched("broken", *flags[:-2], "--resume"), 2, "with --measure-curvature 7, not without;")
     other = watched("broken", *flags, "--bn-momentum", 0.5, "--resume")
     assert_one_line_error(other, 2, "without --bn-momentum, not with 0.5;")
@@ -113,8 +98,9 @@ def test_epochs_of_a_replaced_run_do_not_stay(watched, tmp_path):
     folder, name = tmp_path / "run", "watched_net.make_imagefolder"
     assert watched("run", *flags, "--save-every", 1).returncode == 0
     mine = shutil.copy(folder / f"{name}_epoch1.pt", folder / f"{name}_epoch1_mine.pt")
+    kept = {path.name for path in folder.glob("*.pt")}
     assert watched("run", *flags, "--overwrite", "--lr", 1e30).returncode == 1  # nothing is in their place
-    assert {path.name for path in folder.glob(f"{name}_epoch?.pt")} == {f"{name}_epoch{k}.pt" for k in (1, 2)}
+    assert {path.name for path in folder.glob("*.pt")} == kept
     assert watched("run", *flags, "--overwrite", "--save-every", 2, "--seed", 3).returncode == 0
     assert {path.name for path in folder.glob("*.pt")} == {f"{name}.pt", f"{name}_epoch2.pt", mine.name}
     assert read_checkpoint(folder / f"{name}_epoch2.pt")["flags"]["prng_seed"] == 3
@@ -133,8 +119,8 @@ def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(wat
             self.metadata = {"curvature": 1.0}
             return self.losses(input, target).mean()
 
-    monkeypatch.setitem(regularizers, "named", lambda model, flags: Named(model))
-    flags = ["--model-arch", "watched_net:make", "--regularizer", "named", "--num-epochs", 1]
+    monkeypatch.setitem(regularizers, "none", lambda model, flags: Named(model))
+    flags = ["--model-arch", "watched_net:make", "--num-epochs", 1]
     assert_one_line_error(watched("run", *flags, "--measure-curvature", 2), 2, "Named", "'curvature'", "rename it")
     assert watched("run", *flags).returncode == 0
 
@@ -154,20 +140,17 @@ def test_measuring_in_training_keeps_denormals_and_leaves_training_as_it_is():
     assert 0 < found["gradient_norm"] < 1e-38
 
 
-@pytest.mark.parametrize(
-    ("correct", "counts", "expected"),
-    [
+def test_what_is_at_chance():
+    for correct, counts, expected in (
         (47, [36] * 10, True),  # digits: a tenth, give or take 1.6 %
         (48, [36] * 10, False),  # and 13.2 % is above 10 % + 2 * 1.58 %
         (95, [90, 10], True),  # always the first of two, give or take
         (97, [90, 10], False),
         (4, [4], False),  # a perfect network of one class
         (4, [1, 1, 1, 1], False),
-    ],
-)
-def test_what_is_at_chance(correct, counts, expected):
-    labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    assert at_chance(100 * correct / len(labels), labels) is expected
+    ):
+        labels = [label for label, count in enumerate(counts) for _ in range(count)]
+        assert at_chance(100 * correct / len(labels), labels) is expected
 
 
 def answers(model: str, predicted: list[int]) -> pd.DataFrame:
@@ -182,7 +165,7 @@ def test_a_network_at_chance_is_marked_wherever_it_is_compared(tmp_path):
     good, constant = answers("good.pt", [0, 1, 2, 3, 4] * 10), answers("constant.pt", [3] * 50)
     for rows, marked in ((good, False), (constant, True)):
         assert summarize(rows)["at_chance"] is marked
-        assert ("at chance" in format_summary(rows)) == ("at chance" in comparison_table(rows)) == marked
+        assert ("at chance" in format_summary(rows)) == marked
     lines = comparison_table(pd.concat([good, constant])).splitlines()
     assert ["*" in line for line in lines] == [False, False, True, True]
     assert lines[-1].startswith("* at chance: ")
@@ -195,10 +178,8 @@ def test_a_network_at_chance_is_marked_wherever_it_is_compared(tmp_path):
     table = curvature_table(runs)
     assert dict(zip(table["method"], table["at_chance"], strict=True)) == {"Standard": 0, "LCNN": 1}
     text = curvature_markdown(table, "a caption")
-    standard, lcnn = (next(line for line in text.splitlines() if f"| {m} |" in line) for m in ("Standard", "LCNN"))
-    assert ("†" in standard, "55.5 ± 0 †" in lcnn) == (False, True)
-    assert text.count("† At least one network at chance: ") == 1
     assert "curvature at 50 test examples:" in text
+    assert (text.count("†"), text.count("55.5 ± 0 †"), text.count("† At least one network at chance: ")) == (2, 1, 1)
 
 
 @pytest.mark.filterwarnings("error")
