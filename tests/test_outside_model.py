@@ -213,5 +213,6 @@ def test_files_that_hold_no_fitting_weights(user_file):
         assert refused(words, "my_models:ten", save(user_file / "odd.pt", content)) == 1
     # a prefix that every key has is taken off one side, not off both
     teacher, student = ({f"{name}.{key}": ONE for key in "ab"} for name in ("teacher", "student"))
+    assert align({"a": ONE, "b": ONE}, student, "file", "net").keys() == student.keys()
     with pytest.raises(UserError, match="2 keys of the model missing, 2 unexpected"):
         align(teacher, student, "file", "net")
