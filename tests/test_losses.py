@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.batches import Batch
 from models.bound import log_curvature_bound
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
@@ -21,10 +20,8 @@ from regularized_loss import (
     GradNormRegularizedLoss,
     HessianLoss,
     gradnorm_penalty,
-    regularizers,
 )
 from train_models import build_parser
-from training.epoch import TrainingStep, build_optimizer, train_epoch
 
 
 @pytest.fixture
@@ -68,13 +65,18 @@ def mean_square(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).square().sum(dim=1).mean()
 
 
+# each with the weights of its penalties
 LOSSES = {
-    "none": lambda model: CELoss(model),
-    "gnorm": lambda model: GradNormRegularizedLoss(model, 0.3),
-    "curvature": lambda model: CurvatureRegularizedLoss(model, (0.1, 0.2)),
-    "curvature_and_gnorm": lambda model: CurvatureAndGradientRegularizedLoss(model, (0.1, 0.2, 0.3)),
-    "cure": lambda model: CURELoss(model, 0.4),
+    "none": (CELoss, {}),
+    "gnorm": (lambda model: GradNormRegularizedLoss(model, 0.3), {"gradnorm": 0.3}),
+    "curvature": (lambda model: CurvatureRegularizedLoss(model, (0.1, 0.2)), {"beta_term": 0.1, "gamma_term": 0.2}),
+    "curvature_and_gnorm": (
+        lambda model: CurvatureAndGradientRegularizedLoss(model, (0.1, 0.2, 0.3)),
+        {"beta_term": 0.1, "gamma_term": 0.2, "gradnorm": 0.3},
+    ),
+    "cure": (lambda model: CURELoss(model, 0.4), {"cure": 0.4}),
 }
+WARMUP = (1, 0.0), (2, 0.5), (3, 1.0), (4, 1.0)  # of 2 epochs: epoch, share of the penalties
 
 
 def expected_terms(model, x, y) -> dict[str, float]:
@@ -94,23 +96,21 @@ def expected_terms(model, x, y) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_terms(model, name):
-    x, y = batch(5)
+    """The terms against differences; the warmup scales the penalties and not the cross-entropy."""
+    (make, weights), (x, y) = LOSSES[name], batch(5)
     with torch.no_grad():
         expected = expected_terms(model, x, y)
-    loss = LOSSES[name](model)
-    total = loss.compute_loss(x, y).item()
-    weights = {"raw_loss": 1.0}
-    if "curvature" in name:
-        weights |= {"beta_term": 0.1, "gamma_term": 0.2}
-    if "gnorm" in name:
-        weights["gradnorm"] = 0.3
-    if name == "cure":
-        weights["cure"] = 0.4
-    assert loss.metadata.keys() == weights.keys()
-    assert all(type(value) is float for value in loss.metadata.values())
+    loss = make(model)
+    penalty = sum(weight * expected[term] for term, weight in weights.items())
+    assert loss.compute_loss(x, y).item() == pytest.approx(expected["raw_loss"] + penalty, rel=1e-7)
+    assert loss.metadata.keys() == {"raw_loss", *weights}
     for term, value in loss.metadata.items():
+        assert type(value) is float
         assert value == pytest.approx(expected[term], rel=1e-7), term
-    assert total == pytest.approx(sum(weight * expected[term] for term, weight in weights.items()), rel=1e-7)
+    assert not x.requires_grad  # the caller's tensor is left alone
+    loss.warmup_epochs = 2.0
+    for loss.epoch, share in WARMUP:
+        assert loss.compute_loss(x, y).item() == pytest.approx(expected["raw_loss"] + share * penalty, rel=1e-7)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -121,7 +121,7 @@ def test_parameter_gradients(model, name):
     small changes of the parameters.
     """
     x, y = batch(4)
-    loss = LOSSES[name](model)
+    loss = LOSSES[name][0](model)
     loss.compute_loss(x, y).backward()
     for parameter_name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -160,23 +160,6 @@ def test_cure_on_a_quadratic_loss_is_known():
         model.weight.grad = None
 
 
-def test_cure_trains_with_batchnorm_in_training_mode(model):
-    """Two forward passes before the backward one: nothing that autograd kept may have been overwritten."""
-    x, y = batch(6)
-    CURELoss(model.train(), 1.0).compute_loss(x, y).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-def test_gradient_norm_penalty_does_not_depend_on_the_batch_size(model):
-    """Repeating every example leaves each mean as it is; the reference's penalty would fall by 4."""
-    x, y = batch(3)
-    loss = GradNormRegularizedLoss(model, 1.0)
-    loss.compute_loss(x, y)
-    once = loss.metadata["gradnorm"]
-    loss.compute_loss(x.repeat(2, 1, 1, 1), y.repeat(2))
-    assert loss.metadata["gradnorm"] == pytest.approx(once, rel=1e-12)
-
-
 def test_a_batch_mean_is_no_loss_of_each_example(model):
     x, y = batch(3)
     x.requires_grad_()
@@ -187,84 +170,19 @@ def test_a_batch_mean_is_no_loss_of_each_example(model):
             gradnorm_penalty(losses, x)
 
 
-def test_gradient_norm_on_a_linear_model_is_known():
-    """logits = W x: grad_x l = W^T (p - e_y)."""
-    torch.manual_seed(0)
-    linear = nn.Linear(6, 4).double()
-    x, y = torch.rand(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
-    error = linear(x).softmax(dim=1) - F.one_hot(y, 4)
-    expected = 1e5 / 128**2 * (error @ linear.weight).square().sum(dim=1).mean()
-    loss = GradNormRegularizedLoss(linear, 0.0)
-    loss.compute_loss(x, y)
-    assert loss.metadata["gradnorm"] == pytest.approx(expected.item(), rel=1e-12)
-    assert x.grad is None
-    assert not x.requires_grad  # the caller's tensor is left alone
-
-
-def test_curvature_bound_loss():
-    model = model_architecture["vgg11lcnn"](3, 16)
-    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 2])
-    loss = CurvatureBoundRegularizedLoss(model.eval(), 0.5)
-    total = loss.compute_loss(x, y).item()
-    assert loss.metadata.keys() == {"raw_loss", "log_bound"}
-    assert loss.metadata["log_bound"] == pytest.approx(log_curvature_bound(model).item())
-    assert total == pytest.approx(loss.metadata["raw_loss"] + 0.5 * loss.metadata["log_bound"])
-    with pytest.raises(ValueError, match="not a low-curvature network"):
-        CurvatureBoundRegularizedLoss(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("name", [*list(LOSSES)[1:], "hessian"])
-def test_warmup_scales_the_penalties_and_not_the_cross_entropy(model, name):
-    loss, (x, y) = {**LOSSES, "hessian": HessianLoss}[name](model), batch(4)
-    torch.manual_seed(0)  # of hessian's directions
-    full = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
-    loss.warmup_epochs = 2.0
-    for loss.epoch, share in ((1, 0.0), (2, 0.5), (3, 1.0), (4, 1.0)):
-        torch.manual_seed(0)
-        penalty = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
-        assert penalty == pytest.approx(share * full, rel=1e-9, abs=1e-12)
-
-
-def test_curvature_losses_refuse_a_network_without_beta_and_gamma():
-    for loss in (CurvatureRegularizedLoss, CurvatureAndGradientRegularizedLoss):
-        with pytest.raises(ValueError, match="resnet18lcnn"):
-            loss(nn.Linear(2, 2))
-
-
-class Uncertainty(CELoss):
-    """A learned weight, a number, a counter and a frozen teacher."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.log_variance = nn.Parameter(torch.zeros(()))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.teacher = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(32, 3)).double().requires_grad_(False).eval()
-
-    def compute_loss(self, input, target):
-        self.steps += 1
-        raw_loss = self.losses(input, target).mean()
-        distance = (self.model(input) - self.teacher(input)).square().mean()
-        self.metadata = {"raw_loss": raw_loss, "epoch_seen": self.epoch / self.num_epochs}
-        return (-self.log_variance).exp() * raw_loss + self.log_variance + distance
-
-
-def test_a_loss_may_own_parameters_buffers_and_networks(model):
-    """One step without momentum changes the loss's parameter as its gradient says, and leaves the teacher as it is."""
-    loss, (x, y) = Uncertainty(model), batch(4)
-    slope = 1 - F.cross_entropy(model.train()(x), y).item()  # d/ds of exp(-s) L + s at s = 0
-    before = [p.clone() for p in loss.teacher.parameters()]
-    optimizer = build_optimizer(loss, lr=0.1, momentum=0.0, weight_decay=5e-4)
-    loss.epoch, loss.num_epochs = 3, 4
-    terms = train_epoch(TrainingStep(loss), optimizer, [Batch(x, y, 4, 1.0)])
-    assert loss.log_variance.item() == pytest.approx(-0.1 * slope, rel=0.05)  # the power iteration goes on
-    assert terms["epoch_seen"] == 0.75
-    assert loss.steps == 1
-    assert not loss.teacher.training
-    assert all(map(torch.equal, before, loss.teacher.parameters()))
-
-
-def test_the_registry_names_the_references_regularizers():
-    assert list(regularizers)[:4] == ["none", "gnorm", "curvature", "curvature_and_gnorm"]
+def test_the_losses_of_the_bound_and_of_the_hessian(model, thin_vgg):
+    """How they weigh their terms; the Hessian's own value is in test_third_derivatives.py."""
+    vgg = model_architecture["vgg11lcnn"](3, 16).double().eval()
+    bound, hessian = CurvatureBoundRegularizedLoss(vgg, 0.5), HessianLoss(model, 0.5)
+    photographs = torch.rand(4, 3, 16, 16, dtype=torch.float64), batch(4)[1]
+    for loss, term, (x, y) in ((bound, "log_bound", photographs), (hessian, "hessian", batch(4))):
+        loss.warmup_epochs = 2.0
+        for loss.epoch, share in WARMUP:
+            penalty = loss.compute_loss(x, y).item() - loss.metadata["raw_loss"]
+            assert loss.metadata.keys() == {"raw_loss", term}
+            assert penalty == pytest.approx(share * 0.5 * loss.metadata[term], rel=1e-6, abs=1e-12)
+    assert bound.metadata["log_bound"] == pytest.approx(log_curvature_bound(vgg).item())
+    assert hessian.metadata["hessian"] > 1e-8
 
 
 def test_the_help_of_a_weight_may_have_any_character(monkeypatch):
