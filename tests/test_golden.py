@@ -119,6 +119,12 @@ def test_logits_losses_and_gradients(reference, dtype):
         assert ours.norm().item() == pytest.approx(golden[file].item(), rel=1e-3 if strided else gnorm_rtol), file
 
 
+def test_reading_is_repeatable(reference):
+    name, *_, path, models = reference
+    again = load_model(path, name).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in models[torch.float32].state_dict().items())
+
+
 def test_curvature(reference):
     """Converged; and after fewer products than the reference's 11, closer than it comes."""
     _, golden, _, x, y, _, models = reference
