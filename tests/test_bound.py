@@ -8,7 +8,6 @@ import torch
 from conftest import TwoBlocks
 from torch import nn
 
-from curvature.estimate import estimate_curvature
 from curvature.pictures import plot_layers
 from models.bound import LayerRow, LayerTable, format_layers, layer_table, log_curvature_bound
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
@@ -32,20 +31,11 @@ def build(architecture) -> nn.Module:
     return model
 
 
-def set_all(model: nn.Module, beta: float, gamma: float, variance: float) -> None:
-    for activation in of_type(model, CenteredSoftplus):
-        activation.log_beta.data.fill_(math.log(beta))
-    for norm in of_type(model, LipschitzBatchNorm2d):
-        norm.log_gamma.data.fill_(math.log(gamma))
-        norm.running_var.fill_(variance - norm.eps)
-
-
 # of the second block's two paths the shortcut has the larger constant, then the branch
 @pytest.mark.parametrize(("last", "path"), [(0.5, 4.5), (6, 4 * 6)])
 def test_every_number_of_a_small_resnet_by_hand(last, path):
-    model = TwoBlocks(10, 8).eval()
-    root = math.sqrt(2)
-    stem = 0.5
+    model = TwoBlocks(10, 8).double().eval()
+    root, stem = math.sqrt(2), 0.5
     first = stem / root  # the identity's constant is the larger one
     # row, what feeds its activation, the BatchNorm's constant, the constant from the input on, dimension
     expected = [
@@ -67,30 +57,24 @@ def test_every_number_of_a_small_resnet_by_hand(last, path):
         if "shortcut" not in name:
             model.get_submodule(name).log_beta.data.fill_(math.log(10 * i))
     # the classifier's power iteration lags behind, as after a large step
-    model.classifier.parametrizations.weight.original.data.add_(torch.randn(10, 16))
+    model.classifier.parametrizations.weight.original.data.normal_()
 
     table = layer_table(model)
     assert [row.name for row in table.rows] == [name for name, *_ in expected] + ["classifier", "cross-entropy"]
     for i, (row, (name, _, constant, lipschitz, n)) in enumerate(zip(table.rows, expected, strict=False), start=1):
-        assert (row.clip < 1) == (constant < i)
-        assert row.gamma == pytest.approx(constant if (row.clip < 1) else i + 0.5)
-        assert row.spectral_norm == pytest.approx(i)
-        assert row.clip == pytest.approx(constant / i)
-        assert row.norm_lipschitz == pytest.approx(constant, rel=1e-5)  # the variance is kept in float32
-        assert row.lipschitz == pytest.approx(lipschitz, rel=1e-5)
-        assert row.n == n
+        gamma = constant if constant < i else i + 0.5
+        found = (row.gamma, row.spectral_norm, row.clip, row.norm_lipschitz, row.lipschitz, row.n)
+        assert found == pytest.approx((gamma, i, constant / i, constant, lipschitz, n))
         if "shortcut" in name:
-            assert row.beta is None
-            assert row.term is None
+            assert (row.beta, row.term) == (None, None)
         else:
-            assert row.beta == pytest.approx(10 * i)
-            assert row.term == pytest.approx(n * (10 * i + 1e-3) * lipschitz, rel=1e-5)
+            assert (row.beta, row.term) == pytest.approx((10 * i, n * (10 * i + 1e-3) * lipschitz))
     classifier, cross_entropy = table.rows[-2:]
     assert classifier == LayerRow("classifier", classifier.lipschitz, n=10)
     norm = torch.linalg.svdvals(model.classifier.weight.detach())[0].item()
     assert abs(norm - 1) > 0.01
     mean = 1 / math.sqrt(16)  # over the pixels of each channel
-    assert classifier.lipschitz == pytest.approx(first * path / root * mean * norm, rel=1e-5)
+    assert classifier.lipschitz == pytest.approx(first * path / root * mean * norm)
     assert cross_entropy.lipschitz == pytest.approx(classifier.lipschitz * root)
     assert table.bound == pytest.approx(sum(row.term or 0 for row in table.rows))
 
@@ -117,28 +101,18 @@ def test_the_log_bound_is_that_of_the_table_where_every_batchnorm_is_clipped(arc
     assert log_curvature_bound(model).item() == pytest.approx(depth * 200, abs=30)
 
 
-# mild layers, for the bound is the tighter the smaller beta and gamma are
-@pytest.mark.parametrize(("beta", "gamma"), [(5.0, 10.0), (0.01, 0.8)])
-def test_the_measured_curvature_stays_below_the_bound(beta, gamma):
-    model = build(TwoBlocks)
-    set_all(model, beta, gamma, variance=0.04)
-    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    estimate = estimate_curvature(model, images, torch.tensor([0, 3, 5, 9]), num_iterations=40)
-    assert (estimate.curvature > 0).all()
-    assert estimate.curvature.max().item() <= layer_table(model).bound
-
-
 @both
 def test_lipschitz_constants_are_reached_where_the_network_is_linear(architecture):
     """Random directions stay far below the constants; here no smaller ones would do, up to the logits."""
     outputs = {}
     model = build(architecture)
-    set_all(model, beta=50.0, gamma=2.0, variance=0.04)
     for conv in of_type(model, SpectralNormConv2d):
         nn.init.dirac_(conv.weight)
         conv.power_iteration(10)
     for norm in of_type(model, LipschitzBatchNorm2d):
         norm.running_mean.fill_(-100.0)  # every unit is far on the activation's positive side, with slope 1
+        norm.running_var.fill_(0.04)
+        norm.log_gamma.data.fill_(math.log(2))
     if architecture is TwoBlocks:  # a block's paths agree: 2 * 0.5 and the identity's 1, 2 * 2 and the shortcut's 4
         model.stages[0][0].conv2.norm.log_gamma.data.fill_(math.log(0.5))
         model.stages[0][1].shortcut.norm.log_gamma.data.fill_(math.log(4))

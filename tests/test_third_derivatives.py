@@ -49,24 +49,17 @@ def test_third_derivatives_in_every_argument(name):
     assert gradgradcheck(first, [argument.requires_grad_() for argument in arguments])
 
 
-def lively(norm: LipschitzBatchNorm2d) -> LipschitzBatchNorm2d:
-    """With an active clip and, if affine, a weight that is 0."""
-    norm.running_var.copy_(torch.rand(norm.num_features) + 0.1)
-    norm.log_gamma.data.fill_(-1)
-    if norm.affine:
-        norm.weight.data[0] = 0
-    return norm
-
-
 def lively_network() -> nn.Module:
     """TwoBlocks and the norms it lacks, PyTorch's too that are accepted, in training mode with active clips."""
     torch.manual_seed(0)
     model = TwoBlocks(num_classes=3, input_size=4)
     model.stages.append(nn.Sequential(nn.GroupNorm(4, 16), nn.RMSNorm(2), LipschitzBatchNorm2d(16, affine=True)))
+    model.stages[-1][-1].weight.data[0] = 0
     model.double().train()
     for module in model.modules():
         if isinstance(module, LipschitzBatchNorm2d):
-            lively(module)
+            module.running_var.copy_(torch.rand(module.num_features) + 0.1)
+            module.log_gamma.data.fill_(-1)
         if isinstance(module, SpectralNormConv2d):
             module.power_iteration(2000)  # sigma's gradient holds u and v constant, which is right once they converged
     for _ in range(200):
