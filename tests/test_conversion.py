@@ -9,18 +9,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import TwoBlocks
-from torch import fx, nn
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import StochasticDepth
 
-from curvature.estimate import estimate_curvature
-from curvature.self_check import check_model
 from models.conversion import ConversionReport, low_curvature
 from models.layers import CenteredSoftplus, LipschitzBatchNorm2d, SpectralNormConv2d
 from models.model_selector import model_architecture
-from regularized_loss import CurvatureAndGradientRegularizedLoss
 from tests.test_layers import dense_matrix
-from training.epoch import calibrate_batchnorm
 
 PARTS = {
     "activations": CenteredSoftplus,
@@ -63,11 +59,6 @@ def convert(model: nn.Module, x: torch.Tensor | None = None, **parts) -> tuple[n
     return low_curvature(model, images() if x is None else x, **parts)
 
 
-def outside(name: str, **arguments) -> nn.Module:
-    torch.manual_seed(0)
-    return getattr(torchvision.models, name)(num_classes=10, weights=None, **arguments)
-
-
 def betas(network: nn.Module) -> list[CenteredSoftplus]:
     return [module for module in network.modules() if isinstance(module, CenteredSoftplus)]
 
@@ -83,20 +74,26 @@ def operator_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
     return torch.linalg.matrix_norm(dense_matrix(layer, shape), ord=2).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def nearly_equal_singular_values() -> nn.Linear:
+    """Power iteration would take 1e4 steps to tell 1 from 0.9999."""
+    linear = nn.Linear(64, 64, bias=False)
+    linear.weight.data = torch.linspace(0.99, 1, 64).diag()
+    return linear
+
+
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
         (partial(nn.Conv2d, 4, 8, 3, stride=2, padding=1), (4, 9, 9)),
-        (partial(nn.Conv2d, 4, 8, 3, stride=2, padding=1, bias=False), (4, 8, 8)),
-        (partial(nn.Conv2d, 4, 8, 3, padding=1, groups=2), (4, 7, 7)),
+        (partial(nn.Conv2d, 4, 8, 3, stride=2, padding="valid", bias=False), (4, 8, 8)),
         (partial(nn.Conv2d, 4, 8, 7, padding=3, groups=4), (4, 8, 8)),
         (partial(nn.Conv2d, 4, 8, (1, 3), padding="same", dilation=2), (4, 6, 6)),
-        (partial(nn.Conv2d, 4, 8, 3, stride=2, padding="valid"), (4, 8, 8)),
         (partial(nn.Conv2d, 4, 8, 1), (4, 1, 1)),
-        *((partial(nn.Linear, *sizes), sizes[:1]) for sizes in [(5, 9), (9, 5), (1, 6), (6, 1), (40, 40)]),
+        *((partial(nn.Linear, *sizes), sizes[:1]) for sizes in [(5, 9), (1, 6), (6, 1)]),
+        (nearly_equal_singular_values, (64,)),
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_alone_has_norm_1(build, shape, dtype):
     torch.manual_seed(1)
     layer, x = build().to(dtype).eval(), torch.rand(2, *shape, dtype=dtype)
@@ -109,12 +106,17 @@ def test_a_layer_alone_has_norm_1(build, shape, dtype):
     torch.testing.assert_close(network(torch.zeros_like(x)), at_zero)
     expected = at_zero + (layer(x) - at_zero) / operator_norm(layer, shape)
     torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4)
-    assert operator_norm(network, shape) == pytest.approx(1, abs=1e-3)
+    tolerance = 1e-4 if build is nearly_equal_singular_values else 1e-3
+    assert operator_norm(network, shape) == pytest.approx(1, abs=tolerance)
 
 
-def test_every_layer_of_a_network_has_norm_1():
-    """Of torchvision's MobileNet, depthwise and dense; a narrow one, as dense operators are large."""
-    network, _ = convert(outside("mobilenet_v3_small", width_mult=0.25), images(16))
+def test_every_layer_of_mobilenet_is_converted_and_has_norm_1():
+    """torchvision's, depthwise and dense; a narrow one, as dense operators are large."""
+    torch.manual_seed(0)
+    network, report = convert(torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25), images(16))
+    assert {entry.kind for entry in report.left} == {"mul()"}
+    convertible = {nn.ReLU, nn.Hardswish, nn.Hardsigmoid, nn.Conv2d, nn.BatchNorm2d}
+    assert not convertible & {type(module) for module in network.modules()}
     norms = [
         *(operator_norm(conv, conv.v.shape[1:]) for conv in network.modules() if isinstance(conv, SpectralNormConv2d)),
         *(operator_norm(layer, (layer.in_features,)) for layer in network.modules() if isinstance(layer, nn.Linear)),
@@ -123,16 +125,7 @@ def test_every_layer_of_a_network_has_norm_1():
     assert max(norms) <= 1 + 1e-3
 
 
-def test_nearly_equal_singular_values_do_not_mislead():
-    """Power iteration would take 1e4 steps to tell 1 from 0.9999; the norm is right all the same."""
-    linear = nn.Linear(64, 64, bias=False)
-    linear.weight.data = torch.linspace(0.99, 1, 64).diag()
-    network, _ = convert(linear, torch.rand(1, 64))
-    assert operator_norm(network, (64,)) <= 1 + 1e-4
-
-
-@pytest.mark.parametrize("gamma", [0.5, 100.0])
-def test_rescaled_batchnorm_undoes_the_normalization(gamma):
+def test_rescaled_batchnorm_undoes_the_normalization():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3, bias=False), nn.BatchNorm2d(4))
     model = model.double().eval()
@@ -150,10 +143,12 @@ def test_rescaled_batchnorm_undoes_the_normalization(gamma):
     # plain statistics behind a normalized convolution are rescaled as well
     torch.testing.assert_close(convert(model, x, batchnorms=False)[0](x), model(x))
     # with the clip active, the layer is Lipschitz by gamma
-    network[1].log_gamma.data.fill_(math.log(gamma))
-    offset = network[1](torch.zeros(1, 5, 2, 2, dtype=torch.float64))
-    norm = torch.linalg.matrix_norm(dense_matrix(lambda z: network[1](z) - offset, (5, 2, 2)), ord=2).item()
-    assert norm == pytest.approx(min((network[1].weight.abs() / network[1].running_var.sqrt()).max().item(), gamma))
+    norm = network[1]
+    for gamma in (0.5, 100.0):
+        norm.log_gamma.data.fill_(math.log(gamma))
+        offset = norm(torch.zeros(1, 5, 2, 2, dtype=torch.float64))
+        lipschitz = torch.linalg.matrix_norm(dense_matrix(lambda z, y=offset: norm(z) - y, (5, 2, 2)), ord=2).item()
+        assert lipschitz == pytest.approx(min((norm.weight.abs() / norm.running_var.sqrt()).max().item(), gamma))
 
 
 def test_statistics_are_rescaled_only_right_behind_a_normalized_layer():
@@ -180,15 +175,10 @@ def recurrent() -> Calls:
     return Calls(lambda self, x: self.block(self.block(x)), block=block)
 
 
-SHARED = ["relu", "relu_1", "relu_2", "relu_3"]
-
-
 @pytest.mark.parametrize(
     ("build", "names", "traced"),
     [
-        (shared, SHARED, [""]),
-        (partial(shared, inplace=True), SHARED, [""]),
-        (lambda: nn.Sequential(shared()), [f"0.{name}" for name in SHARED], ["0"]),
+        (lambda: nn.Sequential(shared(inplace=True)), ["0.relu", "0.relu_1", "0.relu_2", "0.relu_3"], ["0"]),
         (lambda: Calls(in_place, conv=nn.Conv2d(3, 4, 3), act=nn.ReLU(True)), ["act", "relu_", "relu"], [""]),
         (recurrent, ["block.1", "block.3"], []),
     ],
@@ -213,7 +203,7 @@ def test_sharp_activations_alone_leave_a_relu_network_as_it_was(build, names, tr
 
 
 def test_resnet_stays_a_resnet_but_for_its_blocks():
-    network, report = convert(outside("resnet18"), images(32))
+    network, report = convert(torchvision.models.resnet18(), images(32))
     assert len(betas(network)) == 17  # the stem's and two for each of 8 blocks
     assert type(network) is torchvision.models.ResNet
     assert [entry.kind for entry in report.traced] == ["BasicBlock"] * 8
@@ -263,12 +253,9 @@ def test_a_forward_that_cannot_be_traced_is_left_and_reported(reason):
     assert type(network) is Calls
     assert not report.traced
     replaced = outcomes(report.replaced)
-    assert set(replaced) == {"conv1", "relu", "conv2", "head"}
     assert replaced["relu"].startswith("CenteredSoftplus, one beta for 3 calls")
     assert reason in replaced["relu"]
     assert reason in outcomes(report.left)["relu"]
-    if reason == "training mode":  # and in training it still does
-        assert not torch.equal(network.train()(images()), network(images()))
 
 
 def test_in_place_activations_whose_effect_cannot_be_traced_stay():
@@ -285,15 +272,14 @@ def test_in_place_activations_whose_effect_cannot_be_traced_stay():
     assert "something else" in report.left[1].outcome
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_dropout_and_stochastic_depth_follow_the_mode_afterwards(training):
+def test_dropout_and_stochastic_depth_follow_the_mode_afterwards():
     depth = nn.Sequential(StochasticDepth(0.5, "row"), nn.Dropout(0.2))
-    x = images(n=16)
-    network, report = convert(shared(lambda self, x: self.depth(x) + F.relu(x), depth=depth).train(training), x)
-    assert not report.left
-    assert report.traced
-    assert all(module.training == training for module in network.modules())
-    assert torch.equal(network.eval()(x), network(x))
+    model, x = shared(lambda self, x: self.depth(x) + F.relu(x), depth=depth), images(n=16)
+    for training in (True, False):
+        network, report = convert(model.train(training), x)
+        assert report.traced
+        assert all(module.training == training for module in network.modules())
+    assert torch.equal(network(x), network(x))
     u = network.conv1.u.clone()
     assert not torch.equal(network.train()(x), network(x))
     assert not torch.equal(network.conv1.u, u)
@@ -304,19 +290,18 @@ class Own(nn.Conv2d):
         return super().forward(x) + 1
 
 
-def exceptions(hook) -> dict[str, tuple[nn.Module, str]]:
+def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
     """One of everything that has no low-curvature version, by the path in the report, and why not."""
     conv = partial(nn.Conv2d, 4, 4, 1)
-    tied, twin, hooked, zero = conv(), conv(), conv(), conv()
+    tied, twin, hooked, zero, hook_calls = conv(), conv(), conv(), conv(), []
     twin.weight = tied.weight
-    hooked.register_forward_hook(hook)
+    hooked.register_forward_hook(lambda *_: hook_calls.append(1))
     nn.init.zeros_(zero.weight)
-    return {
+    cases = {
         "own": (Own(4, 4, 1), "Own has a forward of its own"),
         "reflect": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "pads with 'reflect'"),
         "even": (nn.Conv2d(4, 4, 4, padding="same"), "not the same at both ends"),
         "parametrized": (spectral_norm(conv()), "parametrized already"),
-        "weight_normed": (weight_norm(nn.Linear(8, 8)), "parametrized already"),
         "hooked": (hooked, "has hooks"),
         "sizes.a": (Calls(lambda self, x: self.a(x) + self.a(x[..., 1:]).mean(), a=conv()), "several sizes"),
         "tied": (tied, "shares its weights"),
@@ -331,27 +316,18 @@ def exceptions(hook) -> dict[str, tuple[nn.Module, str]]:
         "clamp.clamp": (Calls(lambda self, x: x.clamp(min=-1)), "not smooth"),
         "softmax": (nn.Softmax(dim=-1), "not an activation"),
         "flat": (nn.Flatten(2), ""),
-        "conv1d": (nn.Conv1d(4, 4, 1), "weights that are not normalized"),
         "norm1d": (nn.BatchNorm1d(4), "only BatchNorm2d"),
         "attention.a": (Calls(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(64, 2)), "attention"),
         "good": (nn.Linear(64, 4), ""),
         "unused.a": (Calls(lambda self, x: x, a=conv()), "not called on the example"),
     }
-
-
-def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
-    torch.manual_seed(0)
-    hook_calls = []
-    cases = exceptions(lambda *_: hook_calls.append(1))
     model = nn.Sequential()
     for path, (module, _) in cases.items():
         model.add_module(path.split(".")[0], module)
     network, report = convert(model, images(8, 4))
-    expected = {path: reason for path, (_, reason) in cases.items() if reason}
-    found = outcomes(report.left)
+    found, expected = outcomes(report.left), {path: reason for path, (_, reason) in cases.items() if reason}
     assert list(found) == list(expected)
     assert all(reason in found[path] for path, reason in expected.items()), found
-    assert outcomes(report.replaced) == {"good": "Linear with spectral_norm"}
     text = str(report)
     assert "replaced 1\n     1 Linear -> Linear with spectral_norm (good)\n" in text
     assert f"left {len(expected)}\n" in text
@@ -361,13 +337,12 @@ def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
     assert hook_calls == [1]  # the hook works still: it is the model's own function
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_each_part_is_optional(part):
+def test_each_part_is_optional():
     model = shared(lambda self, x: self.norm(x), norm=nn.BatchNorm2d(3))
-    network, report = convert(model, **{part: False})
-    kinds = {type(module) for module in network.modules()}
-    assert kinds & set(PARTS.values()) == set(PARTS.values()) - {PARTS[part]}
-    assert f"{part}=False" in outcomes(report.left).values()
+    for part, kind in PARTS.items():
+        network, report = convert(model, **{part: False})
+        assert {type(module) for module in network.modules()} & set(PARTS.values()) == set(PARTS.values()) - {kind}
+        assert f"{part}=False" in outcomes(report.left).values()
     nothing, report = convert(model, **dict.fromkeys(PARTS, False))
     assert not report.replaced
     assert torch.equal(nothing.eval()(images()), model.eval()(images()))
@@ -409,53 +384,16 @@ def test_the_original_is_not_touched():
 
 
 def test_state_goes_into_a_fresh_conversion_and_a_copy():
-    def plain(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model = shared(lambda self, x: x * self.scale, aux=nn.Linear(4, 2), norm=nn.BatchNorm2d(4))
+    def plain() -> nn.Module:
+        model = shared(lambda self, x: x * self.scale, norm=nn.BatchNorm2d(4))
         model.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
         return model
 
-    first, second = (convert(plain(seed))[0] for seed in (0, 1))
-    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
-    first.train()(images()).square().sum().backward()
-    optimizer.step()
+    first, second = (convert(plain())[0] for _ in range(2))
+    first.train()(images())  # moves the singular vectors
     second.load_state_dict(first.state_dict())
     for network in (second, copy.deepcopy(first)):
         assert torch.equal(network.eval()(images()), first.eval()(images()))
         assert list(network.state_dict()) == list(first.state_dict())
-    before, after = list(plain(0).state_dict()), list(convert(plain(0), linears=False)[0].state_dict())
+    before, after = list(plain().state_dict()), list(convert(plain(), linears=False)[0].state_dict())
     assert before == [name for name in after if name in before]  # an optimizer's state counts on the order
-    third, fourth, traced = (convert(model)[0] for model in (plain(5), plain(5), fx.symbolic_trace(plain(5))))
-    assert all(map(torch.equal, third.state_dict().values(), fourth.state_dict().values()))
-    torch.testing.assert_close(traced(images()), third(images()), rtol=1e-3, atol=1e-4)
-
-
-# BatchNorm in training on few images whose last maps are of one pixel has gradients of 1e9: more images there
-@pytest.mark.parametrize(
-    ("name", "n"),
-    [
-        ("resnet18", 8),
-        ("mobilenet_v3_small", 8),
-        pytest.param("convnext_tiny", 2, marks=pytest.mark.long),
-        pytest.param("vgg11_bn", 4, marks=pytest.mark.long),  # 130 million weights
-    ],
-)
-def test_torchvisions_networks_train_and_are_measured(name, n):
-    x, labels = images(32, n=n), torch.arange(n)
-    network, report = convert(outside(name), x[:2])
-    convertible = {nn.ReLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Conv2d, nn.Linear, nn.BatchNorm2d}
-    assert not convertible & {type(module) for module in network.modules()}
-    assert set(outcomes(report.replaced).values()) >= {"SpectralNormConv2d", "CenteredSoftplus"}
-    assert {entry.kind for entry in report.left} <= {"mul()", "LayerNorm", "LayerNorm2d"}
-    calibrate_batchnorm(network, x)  # untrained, MobileNet's logits are 1e-10 in eval mode otherwise
-    check_model(network, x[:2], 10, name)
-    network.train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-    loss = CurvatureAndGradientRegularizedLoss(network).compute_loss(x, labels)
-    loss.backward()
-    optimizer.step()
-    assert loss.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    estimate = estimate_curvature(network, x[:2], labels[:2], num_iterations=2)
-    assert estimate.curvature.isfinite().all()
-    assert (estimate.gradient_norm > 0).all()
