@@ -12,7 +12,7 @@ from test_eigenvalues import sorted_spectrum
 from torch import nn
 
 from curvature.eigenvalues import methods
-from curvature.estimate import estimate_curvature
+from curvature.estimate import estimate_curvature, starting_vectors
 from curvature.subjects import Subject, choose_examples, for_examples
 from data.batches import Split
 from data.datasets import ImageData
@@ -79,6 +79,12 @@ def test_one_pixel_is_enough():
     x, y = torch.rand(8, 1, 1, 1, dtype=torch.float64), torch.arange(8) % 3
     estimate = estimate_curvature(model, x, y, generator=seeded())
     torch.testing.assert_close(estimate.eigenvalue, dense_eigenvalues(model, x, y)[:, 0], rtol=1e-8, atol=0)
+
+
+def test_the_lanczos_start_leans_on_the_gradient_but_is_not_it():
+    gradient = examples(3)[0].flatten(1)
+    cosine = F.cosine_similarity(starting_vectors("lanczos", gradient, seeded()), gradient)
+    assert ((cosine > 0.4) & (cosine < 0.95)).all()
 
 
 def test_a_start_that_leans_to_a_lesser_eigenvector_rarely_deceives():

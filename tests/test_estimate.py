@@ -129,7 +129,6 @@ def test_a_users_own_model_is_measured_and_compared(folder, photographs, tmp_pat
         (["--model-filename", "x.pt", "--method", "power", "--top-k", "2"], 2, ["--top-k", "lanczos"]),
         (["--model-filename", "x.pt", "--top-k", "20"], 2, ["--top-k 20", "--num-power-iter"]),
         (["--model-filename", "x.pt", "--output", "x.txt"], 2, [".csv", ".json"]),
-        (["--model-filename", "x.pt", "--plot", "x.pdf"], 2, [".png"]),
         (["--model-filename", "x.pt", "--output", "x.csv", "--compare", "x.csv"], 2, ["twice"]),
         (["--compare", "x.csv", "--output", "y.csv"], 2, ["--output", "--model-filename"]),
         (["--model-filename", "x.pt", "--trace-probes", "-1"], 2, ["--trace-probes"]),
