@@ -153,7 +153,7 @@ class Attention(nn.Linear):
     """Attention over the pixels, less 1/2 in place."""
 
     def forward(self, x):
-        tokens = x.sub_(0.5).flatten(2).transpose(1, 2)[:, None]
+        tokens = x.sub_(0.5).flatten(2).transpose(1, 2)[:, None].contiguous()  # else it would not be fused
         attended = F.scaled_dot_product_attention(tokens, tokens, tokens)
         return super().forward(F.relu(attended.mean(dim=(1, 2)), inplace=True))
 
