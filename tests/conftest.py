@@ -138,17 +138,13 @@ def write_cifar(root, monkeypatch, class_name: str) -> None:
         return hashlib.md5((folder / name).read_bytes()).hexdigest()
 
     for attribute in ("train_list", "test_list"):
-        listing = [
-            [
-                name,
-                write(name, {"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), label_key: [0, 1, 2]}),
-            ]
-            for name, _ in getattr(dataset, attribute)
-        ]
-        monkeypatch.setattr(dataset, attribute, listing)
-    meta = {**dataset.meta}
-    meta["md5"] = write(meta["filename"], {meta["key"]: names})
-    monkeypatch.setattr(dataset, "meta", meta)
+        names_and_sums = []
+        for name, _ in getattr(dataset, attribute):
+            images = rng.integers(0, 256, (3, 3072), dtype=np.uint8)
+            names_and_sums.append([name, write(name, {"data": images, label_key: [0, 1, 2]})])
+        monkeypatch.setattr(dataset, attribute, names_and_sums)
+    checksum = write(dataset.meta["filename"], {dataset.meta["key"]: names})
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": checksum})
 
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -3,15 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_main
+from conftest import TwoBlocks, run_main
 from torch import nn
 
 import train_models
 from curvature.estimate import prepared
 from data.batches import Batch
 from experiments.robustness import auto_attack, strongest
-from models.layers import LCNN
-from models.resnet import ResNet
 from training.attacks import PGD, adversarial_batches, adversarial_images, project
 
 SHAPE = (2, 3, 4)  # of an image: 24 pixels
@@ -32,17 +30,20 @@ def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-def perturbation_norms(delta: torch.Tensor, norm: str) -> torch.Tensor:
-    return torch.linalg.vector_norm(delta.flatten(1), ord=float(norm.removeprefix("l")), dim=1)
-
-
 def fooled(model, found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return model(found).argmax(dim=1) != labels
 
 
-def small_network() -> ResNet:
-    torch.manual_seed(0)
-    return ResNet(LCNN, (1, 1, 1, 1), 10, 8)
+def losses(model, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(images), labels, reduction="none")
+
+
+def assert_inside(found: torch.Tensor, images: torch.Tensor, norm: str, eps: float) -> None:
+    """In [0, 1], and in the ball but for a rounding in float32."""
+    assert found.min() >= 0
+    assert found.max() <= 1
+    delta = (found - images).flatten(1)
+    assert torch.linalg.vector_norm(delta, ord=float(norm.removeprefix("l")), dim=1).max() <= eps * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("norm", "low", "high"), [("l2", 0.3, 0.7), ("linf", 0.3, 0.7), ("linf", 0.0, 1.0)])
@@ -62,58 +63,50 @@ def test_pgd_finds_the_exact_worst_case_of_a_linear_model(norm, low, high):
     else:
         worst = (images - eps * slope.sign()).clamp(0, 1)
     assert bool((worst == 0).any() or (worst == 1).any()) == (high == 1)
-    expected = F.cross_entropy(model(worst), labels, reduction="none")
+    expected = losses(model, worst, labels)
 
     # a step as long as the radius halves the angle to the worst point each time: 40 steps leave 1e-12
     attack = PGD(norm, eps, 40, step_size=eps)
     found = adversarial_images(model, images, labels, attack, generators(n))
-    assert torch.allclose(F.cross_entropy(model(found), labels, reduction="none"), expected, rtol=1e-9)
+    assert torch.allclose(losses(model, found, labels), expected, rtol=1e-9)
 
     with prepared(model) as network:
         found = strongest(network, images, labels, attack, 1, generators(n))
     stays = ~fooled(model, found, labels)
     assert torch.equal(~stays, fooled(model, worst, labels))  # exactly those that can be
     assert 0 < stays.sum() < n
-    assert torch.allclose(F.cross_entropy(model(found[stays]), labels[stays], reduction="none"), expected[stays])
+    assert torch.allclose(losses(model, found, labels)[stays], expected[stays])
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize(("eps", "step_size"), [(0.05, None), (0.3, 10.0)])
 def test_attacks_stay_in_the_ball_and_in_the_box(norm, eps, step_size):
-    model = small_network()
+    torch.manual_seed(0)
+    model = TwoBlocks(10, 8).eval()
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # 0 and 1, too
-    labels = model.eval()(images).argmax(dim=1)
-    before = images.clone()
+    labels, before = model(images).argmax(dim=1), images.clone()
     attack = PGD(norm, eps, 3, step_size)
     with prepared(model) as network:
-        points = [strongest(network, images, labels, attack, 2, generators(5))]
-    points += [adversarial_images(model, images, labels, attack), attack.random_start(images, None)]
-    for found in points:
-        assert found.min() >= 0
-        assert found.max() <= 1
-        assert perturbation_norms(found - images, norm).max() <= eps * (1 + 1e-5)  # a rounding in float32
+        assert_inside(strongest(network, images, labels, attack, 2, generators(5)), images, norm, eps)
+    for found in (adversarial_images(model, images, labels, attack), attack.random_start(images, None)):
+        assert_inside(found, images, norm, eps)
+        assert (found != images).flatten(1).any(dim=1).all()  # the random start and the climb do go somewhere
     assert torch.equal(images, before)
-    # the random start and the climb do go somewhere
-    assert all((perturbation_norms(found - images, norm) > 0).all() for found in points[1:])
 
 
 def test_the_loss_only_grows_and_an_attack_does_not_depend_on_its_batch():
-    model, attack = linear(4), PGD("l2", 0.1, 5)
-    images, labels = batch(40, 4)
+    model, attack, n = linear(4), PGD("l2", 0.1, 5), 40
+    images, labels = batch(n, 4)
     with prepared(model) as network, torch.no_grad():
-        found = strongest(network, images, labels, attack, 3, generators(40))
-        once = strongest(network, images, labels, attack, 1, generators(40))
-        losses = [F.cross_entropy(network(x), labels, reduction="none") for x in (images, once, found)]
-        assert (losses[0] <= losses[1]).all()
-        assert (losses[1] <= losses[2]).all()
+        once, found = (strongest(network, images, labels, attack, restarts, generators(n)) for restarts in (1, 3))
+        at_images, at_once, at_found = (losses(network, x, labels) for x in (images, once, found))
+        assert (at_images <= at_once).all()
+        assert (at_once <= at_found).all()
         wrong = fooled(network, images, labels)
-        assert wrong.any()
         assert torch.equal(found[wrong], images[wrong])  # nothing is to be done there
-        assert wrong.sum() < fooled(network, found, labels).sum() < 40
-
-        alone = [
-            strongest(network, images[i : i + 1], labels[i : i + 1], attack, 3, [generators(40)[i]]) for i in range(40)
-        ]
+        assert 0 < wrong.sum() < fooled(network, found, labels).sum() < n
+        rows = torch.arange(n).split(1)
+        alone = [strongest(network, images[i], labels[i], attack, 3, [generators(n)[i]]) for i in rows]
         assert torch.allclose(torch.cat(alone), found)
 
 
@@ -134,45 +127,32 @@ def test_restarts_find_what_one_start_does_not():
     assert 0 < one < ten == 20
 
 
-def test_the_model_is_attacked_in_eval_mode_and_left_as_it_was_found():
-    model = small_network()
-    model.stages[0].eval()
-    modes, seen = [module.training for module in model.modules()], []
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_a_model_in_training_is_attacked_in_eval_mode():
+    model, seen = TwoBlocks(10, 8), []
     model.stem.register_forward_hook(lambda module, *_: seen.append(module.training))
-    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([1, 2])
-    adversarial_images(model, images, labels, PGD("l2", 0.1, 2))
-    with pytest.raises(RuntimeError, match="channels"):  # an attack that fails puts everything back, too
-        adversarial_images(model, images[:, :2], labels, PGD("l2", 0.1, 2))
+    adversarial_images(model, torch.rand(2, 3, 8, 8), torch.tensor([1, 2]), PGD("l2", 0.1, 2))
     assert seen == [False, False]
-    assert [module.training for module in model.modules()] == modes
+    assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_adversarial_batches_follow_the_model_as_it_trains():
-    model = linear(2)
-    images, labels = batch(3, 2)
-    attack = PGD("linf", 0.1, 5, 0.1)
-    for found, its_labels, *_ in adversarial_batches(model, [Batch(images, labels, 3, 1.0)] * 2, attack):
+def test_adversarial_training_by_flag(thin_vgg, photographs, tmp_path, capsys, monkeypatch):
+    """It trains on images moved by what the flags describe, each batch against the model as it is by then."""
+    model, (images, labels) = linear(2), batch(3, 2)
+    for found, its_labels, *_ in adversarial_batches(model, [Batch(images, labels, 3, 1.0)] * 2, PGD("linf", 0.1, 5)):
         w = model[1].weight.detach()
-        slope = (w[labels] - w[1 - labels]).view_as(images)
-        assert torch.allclose(found, images - 0.1 * slope.sign())
+        assert torch.allclose(found, images - 0.1 * (w[labels] - w[1 - labels]).view_as(images).sign())
         assert its_labels is labels
         model[1].weight.data.neg_()  # the optimizer's step
 
-
-@pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.long)])
-def test_adversarial_training_by_flag(thin_vgg, norm, photographs, tmp_path, capsys, monkeypatch):
-    """Any loss trains on images moved by what the flags describe."""
     attacks = []
     monkeypatch.setattr(train_models, "adversarial_batches", lambda *a: attacks.append(a[2]) or adversarial_batches(*a))
     flags = ["--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16, "--num-epochs", 1]
     flags += ["--model-arch", "vgg11", "--regularizer", "gnorm", "--batch-size", 12, "--lr", 0.01]
-    flags += ["--adversarial-training", "--adv-norm", norm, "--adv-eps", "8/255", "--adv-steps", 2]
+    flags += ["--adversarial-training", "--adv-norm", "linf", "--adv-eps", "8/255", "--adv-steps", 2]
     result = run_main(train_models, [*flags, "--output-dir", tmp_path], capsys)
     assert result.returncode == 0, result.stderr
-    assert attacks == [PGD(norm, 8 / 255, 2, 0.01)]
+    assert attacks == [PGD("linf", 8 / 255, 2, 0.01)]
     assert (tmp_path / "vgg11_gnorm_adversarial_imagefolder.pt").is_file()
 
 
@@ -183,15 +163,9 @@ def test_projection_and_step():
     images = torch.full((1, 4), 0.5)  # a step is 2.5 * eps / steps long unless told otherwise
     assert torch.allclose(PGD("linf", 0.4, 10).step(images, images, torch.ones(1, 4)), images + 0.1)
     assert torch.allclose(PGD("l2", 0.4, 10).step(images, images, torch.ones(1, 4)), images + 0.05)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("l1", 0.1, 3), "norm 'l1'"), (("l2", 0.0, 3), "eps"), (("l2", 0.1, 0), "steps"), (("l2", 1, 1, -1), "size")],
-)
-def test_refuses_attacks_that_make_no_sense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        PGD(*arguments)
+    for wrong in (("l1", 0.1, 3), ("l2", 0.0, 3), ("l2", 0.1, 0), ("l2", 1, 1, -1)):
+        with pytest.raises(ValueError, match=r"norm 'l1'|must be positive"):
+            PGD(*wrong)
 
 
 @pytest.mark.parametrize(("norm", "classes"), [pytest.param("l2", 4, marks=pytest.mark.long), ("linf", 2)])
@@ -215,6 +189,4 @@ def test_autoattack_finds_exactly_those_of_a_linear_model_that_can_be_fooled(nor
         found = auto_attack(network, images, labels, norm, eps, seed=0)
     assert torch.equal(fooled(model, found, labels), distance < eps)
     assert torch.equal(torch.get_rng_state(), state)  # it seeds its own
-    assert found.min() >= 0
-    assert found.max() <= 1
-    assert perturbation_norms(found - images, norm).max() <= eps * (1 + 1e-5)
+    assert_inside(found, images, norm, eps)

@@ -3,8 +3,6 @@ through main(), which is all that such a process calls."""
 
 import re
 import shutil
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -12,9 +10,9 @@ import torch
 from conftest import ROOT, TwoBlocks, assert_one_line_error, run_main, run_script, write_cifar
 
 import estimate_curvature
+import regularized_loss
 import train_models
 from models.model_selector import model_architecture
-from regularized_loss import regularizers
 
 
 def tiny_run(photographs, output, *flags) -> list[str]:
@@ -23,14 +21,14 @@ def tiny_run(photographs, output, *flags) -> list[str]:
     return [str(flag) for flag in (*data, "--batch-size", 10, "--output-dir", output, "--lr", 0.01, *flags)]
 
 
-LARGE = "vgg11", "vgg11lcnn", "resnet18", "resnet18lcnn", "vgg11lowbeta"
+LARGE = "vgg11", "vgg11lcnn", "resnet18lcnn"
 
 
 @pytest.mark.parametrize("arch", ["two_blocks_lcnn", *(pytest.param(arch, marks=pytest.mark.long) for arch in LARGE)])
-def test_train_and_estimate_every_regularizer(arch, photographs, tmp_path, monkeypatch, capsys):
+def test_train_and_estimate_every_regularizer(arch, thin_vgg, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model_architecture, "two_blocks_lcnn", TwoBlocks)
     trained = []
-    for regularizer in regularizers:
+    for regularizer in regularized_loss.regularizers:
         flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
         result = run_main(train_models, tiny_run(photographs, tmp_path, *flags), capsys)
         if "curvature" in regularizer and "lcnn" not in arch:
@@ -76,10 +74,8 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
     ("script", "flags", "code", "words"),
     [
         (train_models, ["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
-        (train_models, ["--regularizer", "l0"], 2, ["--regularizer", "curvature_and_gnorm"]),
         (train_models, ["--batch-size", "many"], 2, ["--batch-size", "many"]),
-        (train_models, ["--lr", "0"], 2, ["--lr", "more than 0"]),
-        (train_models, ["--lr", "nan"], 2, ["--lr"]),
+        (train_models, ["--lr", "nan"], 2, ["--lr", "more than 0"]),
         (train_models, ["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
         (train_models, ["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
         (train_models, ["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
@@ -88,7 +84,6 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
         (train_models, ["--adv-step-size", "1e300"], 2, ["--adv-step-size: must be more than 0 and at most 1e9"]),
         (train_models, ["--resume", "--overwrite"], 2, ["--overwrite"]),
         (train_models, REFERENCE_TRAIN, 1, ["cifar-100-python", "missing", "--download"]),
-        (estimate_curvature, [], 2, ["--model-filename"]),
         (estimate_curvature, ["--data-fraction", "1.5"], 2, ["--data-fraction", "at most 1"]),
     ],
 )
@@ -102,9 +97,7 @@ def test_errors_are_named_before_anything_is_loaded(script, flags, code, words, 
 def test_an_error_in_a_process_of_its_own_and_help(capsys):
     assert_one_line_error(run_script("train_models.py", "--num-epochs", 0, check=None), 2, "--num-epochs", "--help")
     for script in (train_models, estimate_curvature):
-        text = run_main(script, ["--help"], capsys).stdout
-        assert "--prng-seed" in text
-        assert "(default: 1729)" in text
+        assert re.search(r"--prng-seed .*\(default:\s+1729\)", run_main(script, ["--help"], capsys).stdout, re.DOTALL)
 
 
 @pytest.mark.draws
@@ -152,28 +145,22 @@ def test_reference_flag_spellings():
     assert (estimate["data_fraction"], estimate["batch_size"], estimate["num_power_iter"]) == (0.1, 64, 10)
 
 
-def test_the_readmes_own_loss(photographs, tmp_path):
-    """README, "Writing your own loss": its class and its two lines, put into a copy of the project as it says."""
+def test_the_readmes_own_loss(thin_vgg, photographs, tmp_path, monkeypatch, capsys):
+    """README, "Writing your own loss": its class, its two lines and its loop, where it says they go."""
     section = (ROOT / "README.md").read_text().split("## Writing your own loss")[1].split("\n## ")[0]
     loss_class, weight, registry_line, loop = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    for part in ("curvature", "data", "models", "training", "utils"):
-        shutil.copytree(ROOT / part, tmp_path / part)
-    for part in ("train_models.py", "estimate_curvature.py"):
-        shutil.copy(ROOT / part, tmp_path)
-    source = (ROOT / "regularized_loss.py").read_text()
-    losses, weights, registry = re.split(r"(?=^WEIGHTS = |^regularizers = )", source, flags=re.MULTILINE)
-    weights = weights.replace("\n}", f"\n{weight}}}")
-    source = losses + loss_class + weights + registry.rstrip().removesuffix("}") + registry_line + "}\n"
-    (tmp_path / "regularized_loss.py").write_text(source)
-
-    name, flag = (re.search(r'"(\w+)"', line)[1] for line in (registry_line, weight))
+    names = dict(vars(regularized_loss))
+    exec(loss_class, names)
+    ((flag, default),) = eval(f"{{{weight}}}", names).items()
+    ((name, make),) = eval(f"{{{registry_line}}}", names).items()
+    monkeypatch.setitem(regularized_loss.WEIGHTS, flag, default)
+    monkeypatch.setitem(regularized_loss.regularizers, name, make)
     flags = ["--model-arch", "vgg11", "--regularizer", name, "--num-epochs", 1, f"--{flag.replace('_', '-')}", 0.5]
-    code = f"{loop}\nimport sys, train_models\nsys.exit(train_models.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *tiny_run(photographs, tmp_path / "out", *flags)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = run_main(train_models, tiny_run(photographs, tmp_path, *flags), capsys)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("tensor(")
-    row = pd.read_csv(tmp_path / "out" / f"vgg11_{name}_imagefolder_metrics.csv").iloc[0]
+    row = pd.read_csv(tmp_path / f"vgg11_{name}_imagefolder_metrics.csv").iloc[0]
     assert set(row.index) > set(re.findall(r'"(\w+)":', loss_class))
     # the weight has grown to a fifth of its value in the first of five epochs
     assert row["train_loss"] == pytest.approx(row["raw_loss"] + 0.5 / 5 * row["sparsity"], rel=1e-5)
+    exec(loop, {})
+    assert capsys.readouterr().out.startswith("tensor(")

@@ -16,36 +16,24 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CUDA = torch.device("cuda")
 
 
-def split() -> Split:
-    images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Split(images, torch.arange(70) % 10).to(CUDA)
-
-
-def build(arch: str, regularizer: str, precision: str):
-    torch.manual_seed(0)
-    model = model_architecture[arch](10, 16).to(CUDA, memory_format=torch.channels_last)
-    loss = regularizers[regularizer](model, train_models.build_parser().parse_args([]))
-    if precision == "bf16":
-        autocast_to_bfloat16(model, "cuda")
-    return TrainingStep(loss), build_optimizer(loss, 0.01, 0.9, 5e-4)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("regularizer", regularizers)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_an_epoch_does_not_wait_for_the_host(precision, regularizer, deterministic):
-    step, optimizer = build("resnet18lcnn", regularizer, precision)
-    data = split()
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8)
+    data = Split(images, torch.arange(70) % 10).to(CUDA)
+    model = model_architecture["resnet18lcnn"](10, 16).to(CUDA, memory_format=torch.channels_last)
+    loss = regularizers[regularizer](model, train_models.build_parser().parse_args([]))
+    if precision == "bf16":
+        autocast_to_bfloat16(model, "cuda")
+    step, optimizer = TrainingStep(loss), build_optimizer(loss, 0.01, 0.9, 5e-4)
 
     def watched():
         torch.cuda.set_sync_debug_mode("error")
         try:
             batches = training_batches(data, 16, 0, 2)
-            yield from (
-                adversarial_batches(step.loss.model, batches, PGD("l2", 0.1, 2, 0.05))
-                if precision == "fp32"
-                else batches
-            )
+            yield from adversarial_batches(model, batches, PGD("l2", 0.1, 2, 0.05)) if precision == "fp32" else batches
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -1,6 +1,5 @@
 """The optimizer, the schedule, and the statistics a low-curvature network starts from."""
 
-
 import pytest
 import torch
 from conftest import TwoBlocks
