@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = group.add_argument
     flag("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     flag("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
-    flag("--image-size", type=cli.positive_int, help="resize to this; ours: a multiple of 16 (default: 32; digits 16)")
+    flag("--image-size", type=cli.image_size, help="resize to this; ours: a multiple of 16 (default: 32; digits 16)")
 
     flag = parser.add_argument_group("recipe").add_argument
     flag("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
@@ -117,7 +117,7 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
     """
     check_flags(flags)
     settings = training_settings(flags.precision, flags.strong_determinism_wanted)
-    with settings, open_run(flags, build_parser().parse_args([])) as run:
+    with settings, open_run(flags, defaults=build_parser().parse_args([])) as run:
         try:
             if not run.is_finished or run.saved["flags"].get("data_dir") != run.flags["data_dir"]:
                 size = run.flags["image_size"]
@@ -129,7 +129,7 @@ def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> 
                     print(remark)
                 if distributed.rank() == 0:  # a kill may have come before them
                     run.write_metrics(run.saved["metrics"])
-                    plot_training(run, run.saved["metrics"], build_model(run.saved, run.path, flags.model_arch))
+                    plot_training(run, run.saved["metrics"], build_model(run.saved, run.resumed_from, flags.model_arch))
             else:
                 train_run(flags, run, data, build_loss(flags, build_trained_network(flags, data)))
         except KeyboardInterrupt:
@@ -194,7 +194,7 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
         metrics.append(train_one_epoch(flags, epoch, data, step, optimizer))
         if distributed.rank() == 0:
             told = epoch in (3, flags.num_epochs)  # time to learn something, and to stop what learns nothing
-            remark = remark_on_chance(metrics[-1], data) if told else None
+            remark = remark_on_chance(metrics[-1], data, flags, loss) if told else None
             run.record(metrics, loss, optimizer, remark)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
             if remark:
@@ -222,7 +222,7 @@ def train_one_epoch(
     if flags.adversarial_training:
         attack = PGD(flags.adv_norm, flags.adv_eps, flags.adv_steps, flags.adv_step_size)
         batches = adversarial_batches(loss.model, batches, attack)
-    num_steps = -(-len(data.train) // flags.batch_size)
+    num_steps = -(-(len(data.train) - 1) // flags.batch_size)  # a single last example joins the batch before
     start = time.perf_counter()
     with failures_in_one_line(flags.model_arch, loss, epoch):
         terms = train_epoch(step, optimizer, progress(batches, f"epoch {epoch}", num_steps, "steps"))

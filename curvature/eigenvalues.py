@@ -84,7 +84,7 @@ def lanczos(hessian: InputHessian, start: Tensor, num_iterations: int, tol: floa
     vectors in the Krylov space: at most ||H||, and never less than the power method finds there.
 
     A Krylov space holds equal eigenvalues once. Where it is exhausted, and more than one eigenvalue is wanted, the
-    method goes on from another start and finds the second; before that it is not missed.
+    method restarts, and finds a repeated eigenvalue again. Until then it is reported once.
 
     Args:
         start: (N, ...), the first q up to scale.

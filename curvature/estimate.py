@@ -114,8 +114,8 @@ def estimate_curvature(
         use_folding: False differentiates our networks by double backward like any other; a FoldedNetwork stays one.
 
     Raises:
-        ValueError: on an unknown method, numbers that make no sense, what is no tensor, labels that do not fit the
-            images, or logits that carry no gradient.
+        ValueError: on an unknown method, counts below their minimum, arguments that are not tensors, labels that do not
+            fit the images, or logits that carry no gradient.
     """
     if method not in methods:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(methods)}")
@@ -127,10 +127,11 @@ def estimate_curvature(
     if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         kinds = f"images and labels of types {type(images).__name__} and {type(labels).__name__}"
         raise ValueError(f"{kinds}; give tensors, made by torch.as_tensor say")
-    if not images.is_floating_point() or not len(images):
+    if not images.is_floating_point() or not images.ndim or not len(images):
         raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype}; give one or more, floating point")
-    if len(images) != len(labels) or labels.ndim != 1 or labels.is_floating_point():
-        raise ValueError(f"{len(images)} images, but labels of shape {tuple(labels.shape)} and {labels.dtype}")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        problem = f"{len(images)} images, but labels of shape {tuple(labels.shape)} and {labels.dtype}"
+        raise ValueError(f"{problem}; give a class index for each; of one image images[None] makes a batch")
     # tensors of torch.inference_mode cannot be differentiated, but their copies outside it can
     with torch.inference_mode(False), prepared(model, use_folding) as network:
         images, labels = images.clone(), labels.to(torch.int64, copy=True)

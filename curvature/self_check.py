@@ -63,7 +63,9 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -
                 f"{name}: mixes examples: {layer} gives an image alone another answer than in a batch; "
                 "treat each image by itself in eval (a BatchNorm needs its running statistics)"
             )
-        check_differentiable(logits_of, images, name)
+        # before training, a last layer of zeros has a gradient of zero
+        zeros = any(weight.ndim > 1 and not weight.any() for weight in model.parameters())
+        check_differentiable(logits_of, images, name, may_be_zero=zeros)
 
 
 def check_values(logits: Tensor, name: str) -> None:
@@ -75,15 +77,16 @@ def check_values(logits: Tensor, name: str) -> None:
         raise UserError(f"{name}: gives probabilities, not logits; leave its softmax out")
 
 
-def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, name: str) -> None:
+def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, name: str, may_be_zero: bool) -> None:
     """Refuse a model whose logits have no gradient with respect to the pixels, or cannot be differentiated twice."""
     pixels = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits = logits_of(pixels).to(images.dtype)
         weights = torch.linspace(1, 2, logits.shape[1], dtype=images.dtype, device=images.device)
         # a function of the logits that, unlike the cross-entropy, is never flat where the model is sure of its answer;
-        # weighted, as models may well fix the sum of their logits; squared, so that autograd needs all it needs later
-        objective = (logits @ weights).square()
+        # weighted, as models may well fix the sum of their logits; squared, so that autograd needs all it needs later;
+        # and not around 0, where a square is flat, as untrained logits may be zero
+        objective = (1 + logits @ weights).square()
         gradient = None
         try:
             if objective.requires_grad:
@@ -94,7 +97,7 @@ def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, 
         except Exception as error:
             remedy = next((known for words, known in COMPILED.items() if words in str(error)), "use layers that can")
             raise UserError(f"{name}: cannot be differentiated twice ({one_line(error)}); {remedy}") from error
-    if gradient is None or not gradient.any():
+    if gradient is None or not (may_be_zero or gradient.any()):
         raise UserError(
             f"{name}: its logits do not depend differentiably on the pixels; "
             "remove any no_grad, detach or rounding from its forward"

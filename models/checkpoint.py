@@ -110,8 +110,8 @@ def read_file(path: Path):
     with path.open("rb") as file:
         start = file.read(1000)
     if kind := next((kind for kind, pattern in FOREIGN.items() if re.match(pattern, start, re.DOTALL)), None):
-        remedy = "give it to --compare of estimate_curvature.py, or here" if kind == "a table of results" else "give"
-        raise UserError(f"{path} is {kind}, not weights; {remedy} the checkpoint, a .pt file")
+        results = ", or what --output wrote to --compare" if kind == "a table of results" else ""
+        raise UserError(f"{path} is {kind}, not weights; give the checkpoint, a .pt file{results}")
     try:
         if start[4:9] == b"\0\0\0\0{":  # safetensors: the length of the header in 8 bytes, then the header, JSON
             from safetensors import torch as safetensors
@@ -313,7 +313,8 @@ def align(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path, na
         problem = f"{len(missing)} keys of the model missing, {len(unexpected)} unexpected"
         for what, left_over in (("missing", missing), ("unexpected", unexpected)):
             problem += f"; first {what} {left_over[0]}" if left_over else ""
-        raise UserError(f"{path}: the weights do not fit {name} ({problem}); {FITTING}")
+        deleting = "" if missing else ", or delete from the file what is not of the network"
+        raise UserError(f"{path}: the weights do not fit {name} ({problem}); {FITTING}{deleting}")
     if renamed := [key for key in own if found.get(key, key) != key]:
         example = f"{found[renamed[0]]} read as {renamed[0]}"
         print(f"{path}: wrappers' names added or taken away, such as {example}")

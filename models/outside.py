@@ -164,7 +164,7 @@ def build_outside_network(
 
 
 def try_forward(model: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
-    """``forward`` in eval mode, for its errors alone."""
+    """Run the model once in eval mode, only to raise the errors of ``forward``."""
     with frozen_in_eval(model), torch.no_grad():
         forward(model, images, num_classes, name)
 

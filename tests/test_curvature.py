@@ -196,6 +196,7 @@ def test_leaves_the_model_and_torch_as_they_were_even_when_it_fails():
         ({"labels": torch.tensor([0, 3])}, "has 3 classes"),
         ({"labels": torch.tensor([-1, 0])}, "has 3 classes"),
         ({"labels": torch.tensor([0])}, r"labels of shape \(1,\)"),
+        ({"images": torch.zeros(2, 4, 4), "labels": torch.tensor(0)}, r"labels of shape \(\).*images\[None\]"),
         ({"labels": [0, 1]}, "types Tensor and list"),
         ({"images": torch.zeros(2, 2, 4, 4, dtype=torch.uint8)}, "of shape"),
         ({"images": torch.zeros(0, 2, 4, 4), "labels": torch.arange(0)}, "of shape"),

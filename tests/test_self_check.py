@@ -59,6 +59,14 @@ class SequenceFirst(nn.Module):
         return self.head(self.norm(self.attention(x, x, x, need_weights=False)[0]).mean(dim=0))
 
 
+def head_of_zeros() -> nn.Module:
+    """As it is before training: its logits and their gradient are zero."""
+    model = network()
+    nn.init.zeros_(model[3].weight)
+    nn.init.zeros_(model[3].bias)
+    return model
+
+
 def sure_of_its_answers() -> nn.Module:
     """Log-probabilities whose cross-entropy is flat to the last digit; they are not."""
     model = network(end=nn.LogSoftmax(dim=1))
@@ -71,6 +79,8 @@ GOOD = {
     "dropout and group norm": lambda: network(nn.Dropout(), nn.GroupNorm(2, 4)),
     "changes its input, float64": lambda: Function(lambda net, x: net(x.sub_(0.5)), network()).double(),
     "sure of its answers": sure_of_its_answers,
+    "a head of zeros": head_of_zeros,
+    "logits of zero, with a gradient": lambda: network(end=Function(lambda z: z - z.detach())),
     "logits of sum zero": lambda: network(end=Function(lambda z: z - z.mean(dim=1, keepdim=True))),
     "attention": lambda: SequenceFirst(nn.LayerNorm(48)),
     "bfloat16": lambda: network().bfloat16(),

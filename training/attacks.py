@@ -28,7 +28,7 @@ def project(delta: Tensor, norm: str, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PGD:
-    """Steps of projected gradient ascent on the cross-entropy."""
+    """Steps of projected gradient ascent on the cross-entropy; ValueError on numbers that are not positive."""
 
     norm: str  # of NORMS
     eps: float  # radius of the ball, in units of pixels in [0, 1]

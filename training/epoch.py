@@ -136,8 +136,8 @@ class TrainingStep:
     def check(self, total: Tensor, terms: dict[str, Tensor]) -> None:
         """Raise UserError unless the loss can be minimized, and its terms can be columns of the metrics.
 
-        Nor may the first step make state of the loss: the optimizer and --resume would not know it. State is what the
-        second step finds as it was.
+        Nor may the loss create parameters or modules in its first step: the optimizer and --resume would miss them.
+        What the second step finds unchanged counts as created; what is made anew in each step does not.
         """
         if not isinstance(total, Tensor):
             self.refuse(f"returned a {type(total).__name__}; {MINIMIZED}")

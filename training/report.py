@@ -45,7 +45,7 @@ def describe(flags: argparse.Namespace, run: Run, data: ImageData, loss: nn.Modu
     """What is about to be trained, in words."""
     size = run.flags["image_size"]
     processes = f"; {world_size()} processes" if world_size() > 1 else ""
-    resumed = f"\nresuming {run.path} after epoch {run.saved['epoch']}" if run.saved else ""
+    resumed = f"\nresuming {run.resumed_from} after epoch {run.saved['epoch']}" if run.saved else ""
     return (
         f"{flags.model_arch} ({count_parameters(loss)}) with {type(loss).__name__} on {flags.dataset}: "
         f"{len(data.train)} training and {len(data.test)} test images of {size} x {size}, "
@@ -69,14 +69,18 @@ def mean_curvature(model: nn.Module, data: ImageData, flags: argparse.Namespace)
     return results.loc[averaged(results), list(QUANTITIES)].mean().to_dict()
 
 
-def remark_on_chance(row: dict[str, float], data: ImageData) -> str | None:
+def remark_on_chance(row: dict[str, float], data: ImageData, flags: argparse.Namespace, loss: nn.Module) -> str | None:
     """What to try where a network tells the test images apart no better than chance."""
     if not at_chance(row["test_accuracy"], data.test.labels.tolist()):
         return None
+    remedies = ["train for more epochs", "try a smaller --lr"]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loss.modules()):
+        remedies += [] if flags.calibrate_batchnorm else ["--calibrate-batchnorm"]
+        remedies.append("a larger --bn-momentum")
+    remedies += ["smaller penalties"] if flags.regularizer != "none" else []
     return (
         f"the train loss is {row['train_loss']:.4g}, but a test accuracy of {row['test_accuracy']:.2f} % is at chance, "
-        "no better than always answering one class; train for more epochs, or try --calibrate-batchnorm, a larger "
-        "--bn-momentum, or smaller penalties"
+        f"no better than always answering one class; {', or '.join(remedies)}"
     )
 
 
@@ -103,8 +107,8 @@ def plot_training(run: Run, metrics: list[dict], model: nn.Module) -> None:
         axis.set(xlabel="epoch", title=panel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
-    for axis in axes[2 : len(panels)]:
-        axis.set_yscale("log")
+    for axis, names in zip(axes[2:], list(panels.values())[2:], strict=False):
+        axis.set_yscale("log" if (table[names] > 0).all(axis=None) else "linear")  # a loss may have negative terms
     for axis, (panel, values) in zip(axes[len(panels) :], bars.items(), strict=True):
         draw_bars(axis, panel, values)
     save_figure(figure, run.picture)

@@ -33,15 +33,15 @@ class Run:
     picture: Path
     flags: dict  # what the checkpoint records of them
     save_every: int | None = None  # the checkpoint of every so many-th epoch is kept
-    path: Path | None = None  # of the checkpoint to go on from
+    resumed_from: Path | None = None  # the checkpoint to go on from
     saved: dict | None = None  # its content
-    replaces: bool = False  # another run, with --overwrite, until its own first epoch is saved
+    replaces: bool = False  # with --overwrite, the files are an old run's until the first epoch is saved
     data: dict | None = None  # what the checkpoint records of the data
 
     @property
     def is_finished(self) -> bool:
         """Whether the run was finished before it was opened."""
-        return self.path == self.checkpoint
+        return self.resumed_from == self.checkpoint
 
     def epoch_files(self) -> list[Path]:
         """The epochs' checkpoints that are there, this run's or a replaced one's."""
@@ -54,7 +54,7 @@ class Run:
         self.data = {"num_classes": len(names), "class_names": names, "data": data.fingerprint()}
         if self.saved and any(self.saved.get(entry) != self.data[entry] for entry in ("class_names", "data")):
             raise UsageError(
-                f"--resume: {self.path} was started on other data, at {self.saved['flags'].get('data_dir')}; "
+                f"--resume: {self.resumed_from} was started on other data, at {self.saved['flags'].get('data_dir')}; "
                 "give that as --data-dir, or another --output-dir"
             )
 
@@ -88,8 +88,12 @@ class Run:
 def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterator[Run]:
     """The run that train_models.py's flags describe, with no other process at its files.
 
-    Of several processes all have it, and the first reads and writes the files. A flag that did not exist when a run was
-    started had, in effect, its value in ``defaults``. UserError if there is another run in the way, or at work.
+    Of several processes all have it, and the first reads and writes the files. A flag that a checkpoint does not record
+    is taken to have had its default.
+
+    Raises:
+        UserError: if another process trains the run, or its files cannot be written or resumed.
+        UsageError: if a run is in the way, or was started with other flags.
     """
     parts = [flags.model_arch.replace(":", ".") + ("lcnn" if flags.lcnn else "")]
     parts += [flags.regularizer] if flags.regularizer != "none" else []
@@ -102,7 +106,7 @@ def open_run(flags: argparse.Namespace, defaults: argparse.Namespace) -> Iterato
     run = Run(*paths, recorded, flags.save_every)
     with ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(only_process_of(run)))
-        run.path, run.saved = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
+        run.resumed_from, run.saved = distributed.from_first(lambda: find_saved(run, flags, vars(defaults)))
         run.replaces = flags.overwrite
         yield run
 
@@ -187,7 +191,7 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
     if not run.saved:
         return []
     fill_buffers(loss.model, run.saved["model"])
-    load_weights(loss.model, run.saved["model"], run.path, run.saved["model_arch"])
+    load_weights(loss.model, run.saved["model"], run.resumed_from, run.saved["model_arch"])
     own = run.saved.get("loss", {})
     try:
         fill_buffers(loss, own)
@@ -195,6 +199,6 @@ def restore(run: Run, loss: CELoss, optimizer: torch.optim.SGD) -> list[dict]:
         loss.load_state_dict({name: state[name] for name in state.keys() - of_loss.keys()} | own)
         load_optimizer_state(optimizer, run.saved["optimizer"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        problem = f"{run.path}: the state of its loss or optimizer does not fit ({one_line(error)})"
+        problem = f"{run.resumed_from}: the state of its loss or optimizer does not fit ({one_line(error)})"
         raise UserError(f"{problem}; start again, with --overwrite") from error
     return run.saved["metrics"]

@@ -61,6 +61,7 @@ positive_int = number(int, 1)
 positive_float = number(float, 0, exclusive=True)
 nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
+image_size = number(int, 1, 2**24)  # an image of more would have no size in bytes
 
 
 def pixel_distance(text: str) -> float:
@@ -83,7 +84,7 @@ def device(text: str) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         chosen = torch.device("cpu" if text == "auto" else text)
-        torch.empty(1, device=chosen)
+        torch.ones(1, device=chosen).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try cpu") from None
