@@ -82,8 +82,8 @@ def require_curvature_parameters(model: nn.Module) -> None:
     """Raise ValueError if the model has neither a beta nor a gamma for a curvature penalty to shrink."""
     if not any(isinstance(module, (CenteredSoftplus, LipschitzBatchNorm2d)) for module in model.modules()):
         raise ValueError(
-            "a curvature penalty needs a network with trainable beta or gamma: resnet18lcnn, resnet34lcnn or vgg11lcnn, "
-            "or one that --lcnn makes"
+            "a curvature penalty needs a network with trainable beta or gamma: resnet18lcnn, resnet34lcnn or vgg11lcnn "
+            "(or --lcnn)"
         )
 
 
