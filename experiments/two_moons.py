@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.datasets import make_moons
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -34,10 +35,7 @@ class Result(NamedTuple):
 
 def two_moons(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     """Points (count, 2) in float64, and classes (count,)."""
-    from sklearn.datasets import make_moons
-
-    points, classes = make_moons(count, noise=noise, random_state=seed)
-    return torch.from_numpy(points), torch.from_numpy(classes)
+    return tuple(map(torch.from_numpy, make_moons(count, noise=noise, random_state=seed)))
 
 
 def build_mlp(low_curvature: bool) -> nn.Sequential:
