@@ -57,7 +57,7 @@ def compare(noise: float, seed: int) -> list[Result]:
     results = []
     for name in ("standard", "low-curvature"):
         torch.manual_seed(seed)
-        model = build_mlp(name == "low-curvature").train()
+        model = build_mlp(name == "low-curvature")
         loss = CELoss(model) if name == "standard" else CurvatureAndGradientRegularizedLoss(model, REG_CONSTANTS)
         optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
         for _ in range(STEPS):
