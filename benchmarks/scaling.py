@@ -73,7 +73,7 @@ def plot(path: Path, costs: pd.DataFrame) -> None:
     batches, images = alone[alone.images == 4 * alone.batch_size], alone[alone.batch_size == 64]
     panels = (batches, "batch_size", "s a step"), (batches, "batch_size", "MiB"), (images, "images", "s an epoch")
     for axis, (rows, x, y) in zip(axes, panels, strict=False):
-        lines = rows.pivot(index=x, columns="method", values=y)
+        lines = rows.pivot(index=x, columns="method", values=y)[list(METHODS)]
         lines.plot(ax=axis, style="o-", xlabel=x.replace("_", " "), ylabel=y, xlim=(0, None), ylim=(0, None))
     axes[-1].bar([f"{p.processes} x {p.threads}" for p in shared.itertuples()], shared["s a step"])
     axes[-1].set(xlabel="processes x threads", ylabel="s a step", title=shared.method.iloc[0])
