@@ -6,9 +6,8 @@ The textbook's way is the paper's: the network as it was trained, double backwar
 u <- H u / (||H u|| + 1e-6) that reports |u'Hu|. Variants take turns: look at the ratios.
 """
 
-import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import in_new_process, interleaved, machine, peak_memory, show
+from benchmarks.measure import DEVICE, in_new_process, interleaved, machine, peak_memory, show
 from curvature.derivatives import DoubleBackwardHessian, input_hessian
 from curvature.eigenvalues import methods
 from curvature.estimate import estimate_curvature, starting_vectors
@@ -30,8 +29,12 @@ from models.checkpoint import build_model, read_checkpoint
 from utils import cli
 from utils.numerics import frozen_in_eval
 
+BATCH_SIZE, ROUNDS = 64, 3
 PRODUCTS = 11  # the reference code's 10 iterations and a Rayleigh quotient
 PRODUCTS_SHOWN = [2, 3, 4, 5, 6, 8, 11, 16, 21]
+
+
+Example = tuple[nn.Module, Tensor, Tensor]  # a network, images (N, 3, H, H) and labels (N,)
 
 
 def textbook_estimates(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
@@ -46,72 +49,71 @@ def textbook_estimates(model: nn.Module, images: Tensor, labels: Tensor) -> Iter
         u = product / (product.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-6)
 
 
-def load(path: str, flags: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
+def textbook(example: Example, products: int) -> list[Tensor]:
+    return list(islice(textbook_estimates(*example), products))
+
+
+def ours(example: Example, products: int, method: str = "lanczos") -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return estimate_curvature(*example, method, products, tol=0, generator=generator).hessian_norm
+
+
+def load(path: str) -> Example:
     """A checkpoint's network, and some images of its test split with their labels."""
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint, path).to(flags.device)
-    data_dir = flags.data_dir or checkpoint["flags"]["data_dir"]
-    split = load_dataset(checkpoint["dataset"], data_dir, checkpoint["image_size"]).test
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: flags.batch_size]
-    batch = split[chosen].to(flags.device)
-    return model, to_pixels(batch.images, next(model.parameters()).dtype), batch.labels
+    split = load_dataset(checkpoint["dataset"], checkpoint["flags"]["data_dir"], checkpoint["image_size"]).test
+    batch = split[torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:BATCH_SIZE]].to(DEVICE)
+    return build_model(checkpoint, path).to(DEVICE), to_pixels(batch.images), batch.labels
 
 
-def memory(who: str, path: str, flags: argparse.Namespace) -> float:
-    model, images, labels = load(path, flags)
+def memory(method: Callable[[Example, int], object], path: str) -> float:
+    model, images, _ = example = load(path)
     with torch.no_grad():
         model(images[:1])  # the libraries' own memory
-    if who == "textbook":
-        return peak_memory(images.device, lambda: list(islice(textbook_estimates(model, images, labels), PRODUCTS)))
-    return peak_memory(images.device, lambda: estimate_curvature(model, images, labels, "lanczos", PRODUCTS, tol=0))
+    return peak_memory(lambda: method(example, PRODUCTS))
 
 
-def compare_products(model: nn.Module, images: Tensor, labels: Tensor, rounds: int) -> float:
+def compare_products(example: Example) -> float:
     """Print the seconds of a Hessian-vector product, and return ours."""
-    v = torch.randn_like(images)
-    textbook = textbook_estimates(model, images, labels)
+    model, images, labels = example
+    v, theirs = torch.randn_like(images), textbook_estimates(*example)
     with frozen_in_eval(model):
-        plain, folded = DoubleBackwardHessian(model, images, labels), input_hessian(fold(model), images, labels)
+        plain, folded = DoubleBackwardHessian(*example), input_hessian(fold(model), images, labels)
     variants = {
-        "textbook": lambda: next(textbook),
+        "textbook": lambda: next(theirs),
         "double backward": lambda: plain.product(v),
         "folded": lambda: folded.product(v),
     }
-    table = pd.DataFrame({"seconds": interleaved(variants, rounds)})
+    table = pd.DataFrame({"seconds": interleaved(variants, ROUNDS)})
     print("\none Hessian-vector product")
     show(table.assign(**{"textbook / this": table.seconds["textbook"] / table.seconds}))
     return table.seconds["folded"]
 
 
-def compare_errors(model: nn.Module, images: Tensor, labels: Tensor, rounds: int, seconds_a_product: float) -> None:
+def compare_errors(example: Example, seconds_a_product: float) -> None:
     """Print the error after so many products, and what it costs to come near."""
-    folded = fold(model)
-    reference = estimate_curvature(folded, images, labels, num_iterations=300, tol=1e-5)
+    model, images, labels = example
+    folded = fold(model), images, labels
+    reference = estimate_curvature(*folded, num_iterations=300, tol=1e-5)
     truth, residual = reference.hessian_norm, float(reference.residual.max())
     print(f"\nconverged values by Lanczos with {int(reference.products.max())} products")
     print(f"worst relative residual {residual:.1g}, so good to about {residual**2:.1g}")
 
-    def textbook(products: int) -> list[Tensor]:
-        return list(islice(textbook_estimates(model, images, labels), products))
-
-    def ours(method: str, products: int) -> Tensor:
-        seed = torch.Generator().manual_seed(1)
-        return estimate_curvature(folded, images, labels, method, products, tol=0, generator=seed).hessian_norm
-
     def error(found: Tensor) -> float:
         return float(((found - truth).abs() / truth).mean())
 
-    theirs = [error(found) for found in textbook(max(PRODUCTS_SHOWN))]
+    theirs = [error(found) for found in textbook(example, max(PRODUCTS_SHOWN))]
     errors = {"textbook": [theirs[k - 1] for k in PRODUCTS_SHOWN]}
-    errors |= {method: [error(ours(method, k)) for k in PRODUCTS_SHOWN] for method in methods}
+    errors |= {method: [error(ours(folded, k, method)) for k in PRODUCTS_SHOWN] for method in methods}
     print("\nmean relative error after k products")
     show(pd.DataFrame(errors, index=PRODUCTS_SHOWN).T, "{:.2g}")
 
     wanted = theirs[PRODUCTS - 1]
-    enough = next(k for k in count(1) if error(ours("lanczos", k)) <= wanted)
-    seconds = interleaved({"theirs": lambda: textbook(PRODUCTS), "ours": lambda: ours("lanczos", enough)}, rounds)
+    enough = next(k for k in count(1) if error(ours(folded, k)) <= wanted)
+    variants = {"theirs": lambda: textbook(example, PRODUCTS), "ours": lambda: ours(folded, enough)}
+    seconds = interleaved(variants, ROUNDS)
     affordable = enough + int((seconds["theirs"] - seconds["ours"]) / seconds_a_product)
-    there = error(ours("lanczos", affordable))
+    there = error(ours(folded, affordable))
     print(
         f"\nas near as the textbook ({wanted:.2g}) with {enough} products: {seconds['ours']:.1f} s against "
         f"{seconds['theirs']:.1f} s, 1/{seconds['theirs'] / seconds['ours']:.1f}\n"
@@ -122,19 +124,14 @@ def compare_errors(model: nn.Module, images: Tensor, labels: Tensor, rounds: int
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-filename", nargs="+", required=True, help="checkpoints of train_models.py")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each variant")
-    parser.add_argument("--data-dir", help="where the data set is (default: as in training)")
-    parser.add_argument("--device", type=cli.device, default="auto", help="cpu, cuda, ...")
     flags = parser.parse_args()
-    print(f"{machine(flags.device)}, batches of {flags.batch_size}")
+    print(f"{machine()}, batches of {BATCH_SIZE}")
     for path in flags.model_filename:
-        model, images, labels = load(path, flags)
-        print(f"\n{path}: {len(images)} images")
-        seconds_a_product = compare_products(model, images, labels, flags.rounds)
-        compare_errors(model, images, labels, flags.rounds, seconds_a_product)
-        theirs, ours = (in_new_process(memory, who, path, flags) for who in ("textbook", "ours"))
-        print(f"peak memory above the model: textbook {theirs:.0f} MiB, ours {ours:.0f} MiB, {ours / theirs:.2f} of it")
+        example = load(path)
+        print(f"\n{path}: {len(example[1])} images")
+        compare_errors(example, compare_products(example))
+        theirs, own = (in_new_process(memory, method, path) for method in (textbook, ours))
+        print(f"peak memory above the model: textbook {theirs:.0f} MiB, ours {own:.0f} MiB, {own / theirs:.2f} of it")
 
 
 if __name__ == "__main__":

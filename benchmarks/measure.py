@@ -9,8 +9,12 @@ import pandas as pd
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from utils import cli
 
-def machine(device: torch.device) -> str:
+DEVICE = cli.device("auto")
+
+
+def machine(device: torch.device = DEVICE) -> str:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return f"torch {torch.__version__}, {where}"
 
@@ -36,13 +40,13 @@ def interleaved(variants: dict[Hashable, Callable[[], object]], rounds: int) -> 
     return {name: statistics.median(times[name] for times in seconds[warm_up:]) for name in variants}
 
 
-def peak_memory(device: torch.device, work: Callable[[], object]) -> float:
+def peak_memory(work: Callable[[], object]) -> float:
     """MiB that a call takes at most, on a CPU with everything in the process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def kibibytes(entry: str) -> int:
         return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0])

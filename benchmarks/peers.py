@@ -3,15 +3,11 @@
     pip install -r requirements-benchmarks.txt
     python benchmarks/peers.py --num-threads 1 --num-samples 16 --model-filename saved_models/quick_start/resnet18*.pt
 
-Every method gets the same images and the same network in the same dtype, frozen and in eval mode, and a random start.
-The peers take one image after the other, since to them an operator is one matrix. Ours takes a batch, and is also timed
-with one image at a time; both times include folding the network. Variants take turns: look at the ratios.
-
-The tolerance is relative. Ours and ARPACK (eigsh) stop at a residual ||H u - lambda u|| <= tol |lambda|, ours when it
-has seen that twice. PyHessian stops once its estimate changes by less than tol, which is weaker. All options are the
-peers' defaults, except that curvlinops is spared its check for determinism. By default eigsh builds a basis of 20
-vectors before it looks, more than one eigenvalue needs: the row with ncv=5 shows what it can do. The truth is eigsh at
-1e-8 in float64 on plain double backward, so an error holds the rounding of the dtype, too.
+Every method gets the same images, the same frozen network in the same dtype, a random start, and a relative tolerance.
+Ours and ARPACK (eigsh) stop at a residual ||H u - lambda u|| <= tol |lambda|, ours when it has seen that twice, and
+PyHessian once its estimate changes by less than tol, which is weaker. All options are the peers' defaults, except that
+curvlinops is spared its check for determinism. The truth is eigsh at 1e-8 in float64 on plain double backward, so an
+error holds the rounding of the dtype, too. docs/costs.md explains the rows.
 """
 
 import argparse
@@ -39,18 +35,18 @@ from utils import cli
 from utils.numerics import frozen_in_eval
 
 MOST_PRODUCTS = 300  # of ours and of PyHessian: the tolerance ends them before
-TRUE_TOL = 1e-8
+TOL, TRUE_TOL = 1e-3, 1e-8  # relative, of every method and of the truth
 SMALL_BASIS = 5  # eigsh's ncv; 4 to 6 took the fewest products on the quick start's networks
 
 Found = tuple[float, int]  # an eigenvalue of largest magnitude, and the Hessian-vector products spent on it
 
 
 class Pixels(nn.Module):
-    """A network at one image (3, H, H), its only parameter: peers differentiate with respect to parameters."""
+    """A network at an image (1, 3, H, H), its only parameter: peers differentiate with respect to parameters."""
 
     def __init__(self, model: nn.Module, image: Tensor):
         super().__init__()
-        self.pixels = nn.Parameter(image[None].clone())
+        self.pixels = nn.Parameter(image.clone())
         self.network = model.__call__  # no submodule, whose parameters the peers would go through
 
     def forward(self, _: Tensor) -> Tensor:
@@ -72,12 +68,12 @@ def arpack(product: Callable[[np.ndarray], np.ndarray], image: Tensor, tol: floa
 
 
 def double_backward(model: nn.Module, image: Tensor, label: Tensor, tol: float, seed: int, ncv=None) -> Found:
-    pixels = image[None].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels), label[None]), pixels, create_graph=True)
+    image = image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(image), label), image, create_graph=True)
 
     def product(v: np.ndarray) -> np.ndarray:
-        v = torch.from_numpy(v).view_as(pixels).to(pixels)
-        return torch.autograd.grad(gradient, pixels, v, retain_graph=True)[0].flatten().cpu().numpy()
+        v = torch.from_numpy(v).view_as(image).to(image)
+        return torch.autograd.grad(gradient, image, v, retain_graph=True)[0].flatten().cpu().numpy()
 
     return arpack(product, image, tol, seed, ncv)
 
@@ -85,9 +81,8 @@ def double_backward(model: nn.Module, image: Tensor, label: Tensor, tol: float, 
 def curvlinops(model: nn.Module, image: Tensor, label: Tensor, tol: float, seed: int) -> Found:
     from curvlinops import HessianLinearOperator
 
-    network, data = Pixels(model, image), [(image[None], label[None])]
-    more = {"check_deterministic": False, "num_data": 1}
-    operator = HessianLinearOperator(network, nn.CrossEntropyLoss(), [network.pixels], data, **more)
+    network, loss, more = Pixels(model, image), nn.CrossEntropyLoss(), {"check_deterministic": False, "num_data": 1}
+    operator = HessianLinearOperator(network, loss, [network.pixels], [(image, label)], **more)
     return arpack(operator.to_scipy().matvec, image, tol, seed)
 
 
@@ -99,39 +94,38 @@ def pyhessian(model: nn.Module, image: Tensor, label: Tensor, tol: float, seed: 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of backward(create_graph=True)
-        data, cuda = (image[None], label[None]), image.is_cuda
-        (value,), _ = hessian(network, nn.CrossEntropyLoss(), data, cuda=cuda).eigenvalues(MOST_PRODUCTS, tol)
+        of_image = hessian(network, nn.CrossEntropyLoss(), (image, label), cuda=image.is_cuda)
+        (value,), _ = of_image.eigenvalues(MOST_PRODUCTS, tol)
     return value, len(calls) - 1
 
 
 def one_by_one(peer: Callable[..., Found], model: nn.Module, images: Tensor, labels: Tensor, tol: float) -> list[Found]:
-    return [peer(model, *example, tol, seed) for seed, example in enumerate(zip(images, labels, strict=True))]
+    examples = zip(images.split(1), labels.split(1), strict=True)
+    return [peer(model, *example, tol, seed) for seed, example in enumerate(examples)]
 
 
 def ours(batch_size: int, model: nn.Module, images: Tensor, labels: Tensor, tol: float) -> list[Found]:
-    found = []
+    found, generators = [], [torch.Generator().manual_seed(seed) for seed in range(len(images))]
     with prepared(model) as network:
-        for seeds in torch.arange(len(images)).split(batch_size):
-            generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-            batch = images[seeds.to(images.device)], labels[seeds.to(images.device)]
-            result = estimate_curvature(network, *batch, "lanczos", MOST_PRODUCTS, tol, generators)
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            settings = {"num_iterations": MOST_PRODUCTS, "tol": tol, "generator": generators[part]}
+            result = estimate_curvature(network, images[part], labels[part], **settings)
             found += zip(result.eigenvalue.tolist(), result.products.tolist(), strict=True)
     return found
 
 
 def installed_methods(batch_size: int) -> dict[str, Callable[..., list[Found]]]:
     """(model, images, labels, tol) -> what was found for each image; a line for each peer that is not installed."""
-    methods = {"ours": partial(ours, batch_size), "ours, one image at a time": partial(ours, 1)}
-    methods["eigsh, double backward"] = partial(one_by_one, double_backward)
-    small = partial(double_backward, ncv=SMALL_BASIS)
-    methods[f"eigsh, double backward, ncv={SMALL_BASIS}"] = partial(one_by_one, small)
-    packages = (("eigsh, curvlinops", "curvlinops", curvlinops), ("PyHessian", "pyhessian", pyhessian))
-    for name, package, peer in packages:
-        if find_spec(package):
-            methods[name] = partial(one_by_one, peer)
+    peers = {"eigsh, double backward": double_backward}
+    peers[f"eigsh, double backward, ncv={SMALL_BASIS}"] = partial(double_backward, ncv=SMALL_BASIS)
+    for name, peer in {"eigsh, curvlinops": curvlinops, "PyHessian": pyhessian}.items():
+        if find_spec(peer.__name__):
+            peers[name] = peer
         else:
             print(f"{name}: not installed, so left out; pip install -r requirements-benchmarks.txt")
-    return methods
+    methods = {"ours": partial(ours, batch_size), "ours, one image at a time": partial(ours, 1)}
+    return methods | {name: partial(one_by_one, peer) for name, peer in peers.items()}
 
 
 def compare(subject: Subject, flags: argparse.Namespace) -> None:
@@ -143,7 +137,7 @@ def compare(subject: Subject, flags: argparse.Namespace) -> None:
         found = {}
 
         def work(name: str) -> None:
-            found[name] = methods[name](subject.model, images, labels, flags.tol)
+            found[name] = methods[name](subject.model, images, labels, TOL)
 
         with frozen_in_eval(subject.model), frozen_in_eval(true_model):
             truth = torch.tensor(one_by_one(double_backward, true_model, images.double(), labels, TRUE_TOL))[:, 0].abs()
@@ -151,8 +145,7 @@ def compare(subject: Subject, flags: argparse.Namespace) -> None:
         columns = {}
         for name in methods:
             values, products = torch.tensor(found[name], dtype=torch.float64).unbind(dim=1)
-            columns[f"{name}: error"] = (values.abs() - truth).abs() / truth
-            columns[f"{name}: products"] = products
+            columns |= {f"{name}: error": (values.abs() - truth).abs() / truth, f"{name}: products": products}
             columns[f"{name}: seconds"] = torch.full_like(truth, seconds[name] / len(images))
         return columns
 
@@ -166,7 +159,7 @@ def compare(subject: Subject, flags: argparse.Namespace) -> None:
     table = pd.DataFrame(rows).T
     table["seconds / ours"] = table["seconds an image"] / table.loc["ours", "seconds an image"]
     size = subject.data.test.images.shape[-1]
-    print(f"{len(results)} images of {size} x {size}, tolerance {flags.tol:g}")
+    print(f"{len(results)} images of {size} x {size}, tolerance {TOL:g}")
     show(table, "{:.3g}")
 
 
@@ -180,7 +173,6 @@ def benchmark(flags: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(prog="peers.py", description=__doc__.splitlines()[0])
     add_subject_flags(parser, default_split="test")
-    parser.add_argument("--tol", type=cli.positive_float, default=1e-3, help="of every method, relative")
     parser.add_argument("--batch-size", type=cli.positive_int, default=16, help="images at once, of ours")
     parser.add_argument("--rounds", type=cli.positive_int, default=3, help="timings of each variant")
     cli.add_shared_flags(parser)

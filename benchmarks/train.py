@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Hashable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +21,31 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import textbook
-from benchmarks.measure import in_new_process, interleaved, machine, peak_memory, show
+from benchmarks.measure import DEVICE, in_new_process, interleaved, machine, peak_memory, show
 from experiments.compare_methods import METHODS
-from models.model_selector import model_architecture
-from regularized_loss import regularizers
-from train_models import build_parser
+from models.model_selector import build_network
+from train_models import build_loss, build_parser
 from training.attacks import PGD, adversarial_images
 from training.epoch import TrainingStep, build_optimizer
 from utils import cli
-from utils.precision import PRECISIONS, autocast_to_bfloat16, denormals_flushed, determinism, tf32_allowed
+from utils.precision import PRECISIONS, denormals_flushed, determinism, tf32_allowed
 
 CLASSES, SIZE = 10, 32
 # how often a step passes over the convolutions if not once: forward, for the input, for the weight
-PASSES = {
-    "gnorm": (2, 2, 2),
-    "curvature_and_gnorm": (2, 2, 2),
-    "cure": (4, 4, 4),
-    "hessian": (4, 4, 5),
-    "adversarial": (4, 4, 1),
-}
+PASSES = {"cure": (4, 4, 4), "hessian": (4, 4, 5), "adversarial": (4, 4, 1)}
+PASSES |= dict.fromkeys(["gnorm", "curvature_and_gnorm"], (2, 2, 2))
 
 
-def training_flags(**values) -> argparse.Namespace:
+def training_flags(batch_size: int, **values) -> argparse.Namespace:
     """These values, and the defaults of train_models.py's other flags."""
-    ours = {"textbook": False, "strong_determinism_wanted": False}
-    return argparse.Namespace(**vars(build_parser().parse_args([])) | ours | values)
+    values = {"textbook": False, "strong_determinism_wanted": False, "batch_size": batch_size} | values
+    return argparse.Namespace(**vars(build_parser().parse_args([])) | values)
 
 
-def method_flags(name: str, **values) -> argparse.Namespace:
+def method_flags(batch_size: int, name: str, **values) -> argparse.Namespace:
     """A row of the paper's Table 1."""
-    return training_flags(model_arch="resnet18" + METHODS[name].arch_suffix, **METHODS[name].training, **values)
+    row = METHODS[name]
+    return training_flags(batch_size, model_arch="resnet18" + row.arch_suffix, **row.training, **values)
 
 
 class Training:
@@ -57,18 +53,12 @@ class Training:
 
     def __init__(self, flags: argparse.Namespace, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
-        if flags.textbook:
-            model = textbook.resnet18(flags.model_arch, CLASSES, SIZE).to(flags.device)
-        else:
-            model = model_architecture[flags.model_arch](CLASSES, SIZE)
-            model = model.to(flags.device, dtype, memory_format=torch.channels_last)
-        self.flags, self.model = flags, model.train()
-        loss = regularizers[flags.regularizer](model, flags)
+        build = textbook.resnet18 if flags.textbook else build_network
+        self.flags, self.model = flags, build(flags.model_arch, CLASSES, SIZE).to(flags.device, dtype).train()
+        loss = build_loss(flags, self.model)
         self.training_step, self.optimizer = TrainingStep(loss), build_optimizer(loss, 1e-3, 0.9, 5e-4)
         if flags.textbook:
-            self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        if flags.precision == "bf16":
-            autocast_to_bfloat16(model, flags.device.type)
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
         images = torch.rand(flags.batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         self.images = images.to(flags.device, dtype)
         self.labels = (torch.arange(flags.batch_size) % CLASSES).to(flags.device)
@@ -81,7 +71,7 @@ class Training:
                 images = adversarial_images(self.model, images, self.labels, PGD("l2", 0.1, steps=3, step_size=0.01))
             terms = self.training_step(images, self.labels)
             if flags.textbook:  # every term is read back
-                terms = {name: float(term) for name, term in terms.items()}
+                list(map(float, terms.values()))
             self.optimizer.step()
 
 
@@ -95,7 +85,7 @@ def gradient(dtype: torch.dtype, flags: argparse.Namespace) -> Tensor:
 def step_memory(flags: argparse.Namespace) -> float:
     training = Training(flags)
     with denormals_flushed():
-        return peak_memory(flags.device, lambda: (training.step(), training.step()))
+        return peak_memory(lambda: (training.step(), training.step()))
 
 
 def convolutions(flags: argparse.Namespace) -> list[Callable[[], None]]:
@@ -133,15 +123,15 @@ def time_steps(rows: dict[Hashable, argparse.Namespace], rounds: int) -> pd.Data
     return table.assign(convolutions=passes @ [seconds[kind] for kind in alone])
 
 
-def compare_with_textbook(arch: str, losses: list[str], rounds: int, **values) -> None:
+def compare_with_textbook(arch: str, losses: list[str], batch_size: int, rounds: int) -> None:
     """Print seconds and memory of a step with each loss."""
-    rows = {
-        (who, loss): training_flags(model_arch=arch, regularizer=loss, textbook=who == "textbook", **values)
-        for loss in losses
-        for who in ("textbook", "ours")
-        if (arch.endswith("lcnn") or "curvature" not in loss)
-        and (who, loss) != ("textbook", "hessian")  # PyTorch's BatchNorm has no third derivative
-    }
+    rows = {}
+    for loss, who in product(losses, ("textbook", "ours")):
+        if "curvature" in loss and not arch.endswith("lcnn"):
+            continue
+        if (who, loss) != ("textbook", "hessian"):  # PyTorch's BatchNorm has no third derivative
+            values = {"model_arch": arch, "regularizer": loss, "textbook": who == "textbook"}
+            rows[who, loss] = training_flags(batch_size, **values)
     table = time_steps(rows, rounds)
     table["MiB"] = [in_new_process(step_memory, flags) for flags in rows.values()]
     table = table.unstack(0, sort=False)
@@ -151,49 +141,45 @@ def compare_with_textbook(arch: str, losses: list[str], rounds: int, **values) -
     show(table)
 
 
-def compare_costs(rounds: int, **values) -> None:
+def compare_costs(batch_size: int, rounds: int) -> None:
     """Print seconds of a step of each method, and relative to Standard's."""
-    table = time_steps({row.title: method_flags(name, **values) for name, row in METHODS.items()}, rounds)
+    table = time_steps({row.title: method_flags(batch_size, name) for name, row in METHODS.items()}, rounds)
     print("\nthe methods of the paper: a step, and its convolutions by themselves")
     show(table.join((table / table.loc["Standard"]).add_suffix(" / Standard's")))
 
 
-def compare_precisions(rounds: int, **values) -> None:
+def compare_precisions(batch_size: int, rounds: int) -> None:
     """Print the gradient's error and the seconds of a step in each precision, and with determinism."""
-    precisions = [p for p in PRECISIONS if p != "tf32" or values["device"].type == "cuda"]
-    names = ("standard", "gradreg", "cure", "lcnn", "lcnn_gradreg")
-    errors = pd.DataFrame(index=[METHODS[name].title for name in names], columns=precisions, dtype=float)
-    for name in names:
-        truth = gradient(torch.float64, method_flags(name, **values))
-        for precision in precisions:
-            found = gradient(torch.float32, method_flags(name, precision=precision, **values))
-            errors.loc[METHODS[name].title, precision] = float((found - truth).norm() / truth.norm())
+    precisions = [p for p in PRECISIONS if p != "tf32" or DEVICE.type == "cuda"]
+    errors = {}
+    for name in ("standard", "gradreg", "cure", "lcnn", "lcnn_gradreg"):
+        truth = gradient(torch.float64, method_flags(batch_size, name))
+        found = {p: gradient(torch.float32, method_flags(batch_size, name, precision=p)) for p in precisions}
+        errors[METHODS[name].title] = {p: float((own - truth).norm() / truth.norm()) for p, own in found.items()}
     print("\nrelative error of the first step's gradient")
-    show(errors, "{:.1e}")
+    show(pd.DataFrame(errors).T, "{:.1e}")
     for name in ("standard", "lcnn_gradreg"):
-        rows = {precision: method_flags(name, precision=precision, **values) for precision in precisions}
-        rows["fp32, deterministic"] = method_flags(name, strong_determinism_wanted=True, **values)
+        rows = {precision: method_flags(batch_size, name, precision=precision) for precision in precisions}
+        rows["fp32, deterministic"] = method_flags(batch_size, name, strong_determinism_wanted=True)
         print(f"\n{METHODS[name].title}: a step, and its convolutions in fp32 by themselves")
         show(time_steps(rows, rounds))
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    archs = ["resnet18", "resnet18lcnn"]
+    flag, archs = parser.add_argument, ["resnet18", "resnet18lcnn"]
     losses = ["none", "gnorm", "curvature", "curvature_and_gnorm", "cure", "hessian"]
-    parser.add_argument("--archs", nargs="*", default=archs, choices=archs, help="compared with the textbook's")
-    parser.add_argument("--regularizers", nargs="+", default=losses, help="of these comparisons")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each variant")
-    parser.add_argument("--device", type=cli.device, default="auto", help="cpu, cuda, ...")
+    flag("--archs", nargs="*", default=archs, choices=archs, help="compared with the textbook's")
+    flag("--regularizers", nargs="+", default=losses, help="of these comparisons")
+    flag("--batch-size", type=int, default=64, help="images a step")
+    flag("--rounds", type=int, default=5, help="timings of each variant")
     flags = parser.parse_args()
-    print(f"{machine(flags.device)}, batches of {flags.batch_size}, {flags.rounds} rounds")
-    values = {"batch_size": flags.batch_size, "device": flags.device}
+    print(f"{machine()}, batches of {flags.batch_size}, {flags.rounds} rounds")
     with denormals_flushed():  # as in training
         for arch in flags.archs:
-            compare_with_textbook(arch, flags.regularizers, flags.rounds, **values)
-        compare_costs(flags.rounds, **values)
-        compare_precisions(flags.rounds, **values)
+            compare_with_textbook(arch, flags.regularizers, flags.batch_size, flags.rounds)
+        compare_costs(flags.batch_size, flags.rounds)
+        compare_precisions(flags.batch_size, flags.rounds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each run has a folder, <output-dir>/<method>/seed<k>/. After an interruption the
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from experiments.robustness import import_auto_attack
 from experiments.tables import Run, draw_figures, write_tables
 from training.run_files import MACHINE_FLAGS
 from utils import cli
-from utils.errors import UsageError, UserError
+from utils.errors import UsageError
 
 
 class Method(NamedTuple):
@@ -64,14 +63,14 @@ NOT_SETTINGS = MACHINE_FLAGS | {"data_dir", "model_filename", "output", "plot", 
 
 
 class Parser(cli.Parser):
-    """Leaves what it does not know in ``flags.training``, for train_models.py."""
+    """Leaves what it does not know in ``flags.training``, for train_models.py, and everything in flags.arguments."""
 
     def parse_args(self, args=None, namespace=None):
         flags, training = self.parse_known_args(args, namespace)
         if flags.quick:
             self.set_defaults(**QUICK_MEASURING)
             flags, training = self.parse_known_args(args, namespace)
-        return argparse.Namespace(**vars(flags), training=training)
+        return argparse.Namespace(**vars(flags), training=training, arguments=args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag = parser.add_argument_group("what to compare").add_argument
     flag("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
-    flag("--methods", nargs="+", choices=METHODS, help="rows of the table (default: all)")
+    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
     flag("--model-arch", choices=("resnet18", "resnet34", "vgg11"), default="resnet18", help="the network")
     flag("--num-seeds", type=cli.positive_int, default=1, help="runs of each method; seeds from --seed on")
     flag = parser.add_argument_group("how to measure").add_argument
@@ -120,44 +119,38 @@ def comparison_settings(flags: argparse.Namespace) -> dict:
     scripts = {f"train_models.py, {method}": training_flags(flags, method) for method in METHODS}
     scripts["estimate_curvature.py"] = measuring_flags(estimate_curvature, flags)
     scripts["evaluate_robustness.py"] = measuring_flags(evaluate_robustness, flags, split="test")
-    settings = {}
-    for script, chosen in scripts.items():
-        settings[script] = {name: value for name, value in vars(chosen).items() if name not in NOT_SETTINGS}
-    chosen = training_flags(flags, "standard")
-    data = load_dataset(chosen.dataset, chosen.data_dir, chosen.image_size, chosen.download)
+    settings = {
+        script: {name: value for name, value in vars(own).items() if name not in NOT_SETTINGS}
+        for script, own in scripts.items()
+    }
+    standard = scripts["train_models.py, standard"]
+    data = load_dataset(standard.dataset, standard.data_dir, standard.image_size, standard.download)
     settings["data"] = {"fingerprint": data.fingerprint(), "image_size": data.test.images.shape[-1]}
     return json.loads(json.dumps(settings, default=str))  # as read back
 
 
 def check_same_settings(path: Path, settings: dict) -> None:
     """Raise UsageError unless the comparison recorded at ``path`` has these settings."""
-    try:
-        recorded = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a comparison's settings; name another --output-dir") from error
+    recorded = json.loads(path.read_text())["settings"]
     for script, flags in settings.items():
-        theirs = recorded.get(script, {})
-        for name in [name for name in flags if theirs.get(name) != flags[name]]:
-            flag = f"with --{name.replace('_', '-')} {theirs.get(name)}, not {flags[name]} ({script})"
-            problem = f"{path}: this comparison was started {'on other data' if script == 'data' else flag}"
-            raise UsageError(f"{problem}; give the same flags, or another --output-dir")
+        for name, value in flags.items():
+            if (theirs := recorded.get(script, {}).get(name)) != value:
+                how = f"with --{name.replace('_', '-')} {theirs}, not {value} ({script})"
+                problem = f"{path}: this comparison was started {'on other data' if script == 'data' else how}"
+                raise UsageError(f"{problem}; give the same flags, or another --output-dir")
 
 
-def carry_out(run: Run, method: str, seed: int, flags: argparse.Namespace) -> None:
-    """Train and measure, as far as it has not been done."""
+def carry_out(method: str, seed: int, flags: argparse.Namespace) -> None:
+    """Train and measure, unless that is finished."""
+    run = Run(METHODS[method].title, flags.output_dir / method / f"seed{seed}")
     if run.is_finished():
         print(f"{run.folder} is finished")
         return
     training = training_flags(flags, method, prng_seed=seed, output_dir=run.folder, resume=True)
     subject = {"model_filename": [str(train_models.train(training))], "data_dir": training.data_dir}
-    if not run.curvature.exists():
-        # it is written after each split, and gets its name when it is whole
-        unfinished = run.curvature.with_name("curvature.unfinished.csv")
-        estimate_curvature.estimate(measuring_flags(estimate_curvature, flags, output=unfinished, **subject))
-        os.replace(unfinished, run.curvature)
-    if not run.robustness.exists():
-        subject |= {"split": "test", "output": run.robustness.with_suffix(".csv")}
-        evaluate_robustness.evaluate(measuring_flags(evaluate_robustness, flags, **subject))
+    estimate_curvature.estimate(measuring_flags(estimate_curvature, flags, output=run.curvature, **subject))
+    subject |= {"split": "test", "output": run.robustness.with_suffix(".csv")}
+    evaluate_robustness.evaluate(measuring_flags(evaluate_robustness, flags, **subject))
 
 
 def finished_runs(output_dir: Path) -> list[Run]:
@@ -173,7 +166,7 @@ def compare(flags: argparse.Namespace) -> None:
             raise UsageError(f"{flag} is up to the comparison; choose among its rows with --methods")
     if flags.autoattack:
         import_auto_attack()  # an error comes before hours of training
-    for method in flags.methods or METHODS:
+    for method in flags.methods:
         train_models.check_flags(training_flags(flags, method))  # before the settings are written down
     settings = comparison_settings(flags)
     recorded = flags.output_dir / "settings.json"
@@ -183,11 +176,15 @@ def compare(flags: argparse.Namespace) -> None:
     check_same_settings(recorded, settings)
 
     seeds = range(flags.prng_seed, flags.prng_seed + flags.num_seeds)
-    todo = [(method, seed) for seed in seeds for method in METHODS if method in (flags.methods or METHODS)]
-    for number, (method, seed) in enumerate(todo, start=1):
-        print(f"[{number}/{len(todo)}] {method} seed {seed}", flush=True)
-        carry_out(Run(METHODS[method].title, flags.output_dir / method / f"seed{seed}"), method, seed, flags)
-        write_tables(flags.output_dir, finished_runs(flags.output_dir), settings)
+    todo = [(method, seed) for seed in seeds for method in METHODS if method in flags.methods]
+    try:
+        for number, (method, seed) in enumerate(todo, start=1):
+            print(f"[{number}/{len(todo)}] {method} seed {seed}", flush=True)
+            carry_out(method, seed, flags)
+            write_tables(flags.output_dir, finished_runs(flags.output_dir), settings)
+    except KeyboardInterrupt:
+        print(f"\nto go on: {shlex.quote(sys.executable)} {cli.own_command(compare, flags.arguments)}")
+        raise
     draw_figures(flags.output_dir, finished_runs(flags.output_dir))
     two_moons.draw(flags.output_dir / "two_moons.png", two_moons.NOISE, flags.prng_seed)
     print(f"\n{(flags.output_dir / 'table.md').read_text()}\nsaved in {flags.output_dir}")
@@ -195,16 +192,7 @@ def compare(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-
-    def command(flags: argparse.Namespace) -> None:
-        try:
-            compare(flags)
-        except KeyboardInterrupt:
-            print(f"\nto go on: {shlex.quote(sys.executable)} {cli.own_command(compare, arguments)}")
-            raise
-
-    return cli.run(build_parser(), command, arguments)
+    return cli.run(build_parser(), compare, argv)
 
 
 if __name__ == "__main__":

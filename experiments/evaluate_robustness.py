@@ -61,8 +61,8 @@ def evaluate(flags: argparse.Namespace) -> None:
     if flags.autoattack:
         import_auto_attack()
     subjects = load_subjects(flags)
-    files = [flags.output, flags.output.with_suffix(".json")] if flags.output else []
-    files += [flags.plot] if flags.plot else []
+    report = flags.output and flags.output.with_suffix(".json")
+    files = [path for path in (flags.output, report, flags.plot) if path]
     for path in files:
         make_room(path)
 
@@ -78,13 +78,13 @@ def evaluate(flags: argparse.Namespace) -> None:
                 print(format_summary(summaries[-1]), flush=True)
                 if flags.output and first:  # after each split, whatever happens later
                     write_rows(flags.output, pd.concat(tables))
-                    write_json(files[1], {"settings": settings, "models": summaries})
+                    write_json(report, {"settings": settings, "models": summaries})
 
     if not flags.autoattack:
         print("PGD alone can overstate robustness; --autoattack tries harder")
     if flags.plot and first:
-        names = [f"{name}, {rows['split'].iloc[0]}" for name, rows in named(pd.concat(tables))]
-        plot_robustness(flags.plot, names, summaries)
+        together = named(pd.concat(tables))
+        plot_robustness(flags.plot, [(f"{name}, {rows['split'].iloc[0]}", rows) for name, rows in together])
     for path in files:
         print(f"saved {path}")
 

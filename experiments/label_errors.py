@@ -17,15 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
+import train_models
 from curvature.estimate import estimate_curvature, prepared
 from curvature.results import write_rows
-from data.batches import batches, epoch_seed, training_batches
+from data.batches import Split, batches, epoch_seed
 from data.datasets import load_dataset
 from models.model_selector import build_network, model_architecture
 from regularized_loss import CELoss
-from training.epoch import TrainingStep, build_optimizer, learning_rate, train_epoch
+from training.epoch import TrainingStep, build_optimizer
 from utils import cli
 from utils.errors import UsageError
 from utils.files import make_room
@@ -34,8 +35,8 @@ from utils.plots import new_figure, save_figure
 from utils.precision import training_settings
 from utils.progress import progress
 
-BATCH_SIZE, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
-SCORES = ("curvature_score", "curvature", "loss", "gradient_norm")
+RECIPE = {"batch_size": 64, "lr": 0.05, "augment": False}  # beside the defaults of train_models.py
+SCORES = ["curvature_score", "curvature", "loss", "gradient_norm"]
 
 
 def exchange_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -43,41 +44,36 @@ def exchange_labels(labels: Tensor, fraction: float, num_classes: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)
-    exchanged = torch.zeros(len(labels), dtype=torch.bool)
-    exchanged[chosen] = True
-    labels = labels.clone()
-    labels[chosen] = (labels[chosen] + shift) % num_classes
-    return labels, exchanged
+    noisy = labels.clone()
+    noisy[chosen] = (labels[chosen] + shift) % num_classes
+    return noisy, noisy != labels
 
 
-def measure(model: torch.nn.Module, split, flags: argparse.Namespace, epoch: int) -> pd.DataFrame:
+def measure(model: nn.Module, split: Split, flags: argparse.Namespace, epoch: int) -> pd.DataFrame:
     """``SCORES`` of every example, a row each, with respect to the label it is trained with."""
     generator = torch.Generator().manual_seed(epoch_seed(flags.prng_seed, epoch))
-    found, num_batches = [], -(-len(split) // BATCH_SIZE)
+    settings = {"num_iterations": 3, "trace_probes": flags.trace_probes, "generator": generator}
+    parts, tables = list(batches(split, RECIPE["batch_size"])), []
     with prepared(model) as network:
-        for images, labels in progress(batches(split, BATCH_SIZE), "measuring", num_batches, "batches"):
-            settings = {"num_iterations": 3, "trace_probes": flags.trace_probes, "generator": generator}
-            columns = estimate_curvature(network, images, labels, **settings).columns()
-            found.append(pd.DataFrame({name: columns[name] for name in SCORES}))
-    return pd.concat(found, ignore_index=True)
+        for images, labels in progress(parts, "measuring", len(parts), "batches"):
+            tables.append(pd.DataFrame(estimate_curvature(network, images, labels, **settings).columns())[SCORES])
+    return pd.concat(tables, ignore_index=True)
 
 
 def score(flags: argparse.Namespace) -> pd.DataFrame:
     """Train with some labels exchanged; a row a training example: label, exchanged, and the means of its scores."""
+    training = argparse.Namespace(**vars(train_models.build_parser().parse_args([])) | RECIPE | vars(flags))
     data = load_dataset("digits", "")
     labels, exchanged = exchange_labels(data.train.labels, flags.fraction, len(data.class_names), flags.prng_seed)
-    split = dataclasses.replace(data.train, labels=labels)
+    data = dataclasses.replace(data, train=Split(data.train.images, labels))
     seed_everything(flags.prng_seed)
     loss = CELoss(build_network(flags.model_arch, len(data.class_names), 16))
-    optimizer, step = build_optimizer(loss, LR, MOMENTUM, WEIGHT_DECAY), TrainingStep(loss)
-    means = 0.0
+    optimizer = build_optimizer(loss, training.lr, training.momentum, training.weight_decay)
+    step, means = TrainingStep(loss), 0.0
     for epoch in range(1, flags.num_epochs + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(LR, epoch, flags.num_epochs)
-        epoch_batches = training_batches(split, BATCH_SIZE, flags.prng_seed, epoch, augment=False)
         with training_settings():
-            trained = train_epoch(step, optimizer, epoch_batches)
-        scores = measure(loss.model, split, flags, epoch)
+            trained = train_models.train_one_epoch(training, epoch, data, step, optimizer)
+        scores = measure(loss.model, data.train, flags, epoch)
         means += scores / flags.num_epochs
         aucs = "  ".join(f"{name} {roc_auc_score(exchanged, values):.3f}" for name, values in scores.items())
         print(f"epoch {epoch}/{flags.num_epochs}  train_loss {trained['train_loss']:.4f}  AUROC: {aucs}", flush=True)
@@ -98,8 +94,9 @@ def find(flags: argparse.Namespace) -> None:
         print(f"  {name:<16} {roc_auc_score(rows['exchanged'], rows[name]):.3f}")
     figure, (axis,) = new_figure(1)
     logarithms = np.log10(rows["curvature_score"])
-    for exchanged, name in ((False, "own label"), (True, "exchanged label")):
-        axis.hist(logarithms[rows["exchanged"] == exchanged], bins=40, density=True, alpha=0.6, label=name)
+    for exchanged, values in logarithms.groupby(rows["exchanged"]):
+        name = "exchanged label" if exchanged else "own label"
+        axis.hist(values, bins=40, density=True, alpha=0.6, label=name)
     axis.set(title="training examples", xlabel="log10 of the curvature score", ylabel="density")
     axis.legend()
     save_figure(figure, picture)

@@ -1,13 +1,11 @@
 """Robustness at single examples: how stable the input gradient is, and which examples withstand attacks.
 
-Networks are frozen and in eval mode (``curvature.estimate.prepared``). Images are (N, ...) pixels in [0, 1], and labels
-(N,) class indices. Each example has its own generator, so that nothing depends on its batch.
+Networks are frozen and in eval mode (``curvature.estimate.prepared``). Images are (N, ...) pixels in [0, 1], labels
+(N,) class indices. Each example has its own generator: nothing depends on its batch.
 """
 
 import argparse
-import importlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from curvature.derivatives import cross_entropy, input_vector_jacobian_product
 from curvature.folding import FoldedNetwork
-from training.attacks import PGD, loss_gradient, project
+from training.attacks import NORMS, PGD, loss_gradient, project
 from utils.errors import UserError
 from utils.numerics import Generators, draw_normal, normalize, norms
 from utils.plots import new_figure, save_figure
@@ -94,47 +92,35 @@ def strongest(
     return worst
 
 
-def import_auto_attack() -> Callable:
-    """The class AutoAttack (Croce & Hein, ICML 2020), silent.
-
-    Raises:
-        UserError: if no package that has it is installed.
-    """
-    # the authors' repository prints unless told not to, their package on PyPI does not
-    for package, silent in (("autoattack", {"verbose": False}), ("pyautoattack", {})):
-        with suppress(ImportError):
-            return partial(importlib.import_module(package).AutoAttack, **silent)
-    raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out")
+def import_auto_attack() -> type:
+    """The class AutoAttack (Croce & Hein, ICML 2020)."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out") from None
+    return AutoAttack
 
 
 @torch.no_grad()
 def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps: float, seed: int) -> Tensor:
     """What AutoAttack's standard version finds, in float32: APGD on the cross-entropy and targeted, FAB, Square.
 
-    With fewer than ten classes it has fewer targets. Below four, it works without the targeted APGD. Its random
-    numbers are drawn for the whole batch: what it finds for an image depends a little on the others.
-
-    Args:
-        norm: "l2" or "linf".
+    With fewer than ten classes it has fewer targets, below four no targeted APGD. Its random numbers are drawn for the
+    whole batch: what it finds for an image depends a little on the others.
 
     Returns:
         (N, ...) pixels in [0, 1], within eps of the images; the images themselves where it found nothing.
-
-    Raises:
-        UserError: if AutoAttack is not installed.
     """
-    make = import_auto_attack()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds torch's generators
         settings = {"norm": {"l2": "L2", "linf": "Linf"}[norm], "eps": eps, "seed": seed, "device": images.device}
         # a copy, as the model may work in place
-        attack = make(lambda x: network(x.to(images.dtype, copy=True)).float(), **settings)
+        attack = import_auto_attack()(lambda x: network(x.to(images.dtype, copy=True)).float(), **settings)
         num_classes = attack.model(images[:1]).shape[1]
         targets = min(attack.apgd_targeted.n_target_classes, num_classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         if num_classes < 4:
-            attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
-        found = attack.run_standard_evaluation(images.float(), labels)
-    found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds predictions
+            attack.attacks_to_run.remove("apgd-t")
+        found, _ = attack.run_standard_evaluation(images.float(), labels)
     # rounding may leave the ball
     return (images + project(found.to(images.dtype) - images, norm, eps)).clamp(0, 1)
 
@@ -151,10 +137,9 @@ def withstood(
         standing: radius, smallest first -> (N,) mask of the examples to be tried there.
         attack: (k,) positions of examples and a radius -> (k, ...) images in the balls around them.
     """
-    left = torch.ones_like(labels, dtype=torch.bool)
-    found = {}
+    left, found = True, {}
     for radius, tried in standing.items():
-        left = left & tried
+        left = tried & left
         rows = left.nonzero()[:, 0]
         if len(rows):
             left[rows] = network(attack(rows, radius)).argmax(dim=1) == labels[rows]
@@ -194,36 +179,28 @@ def examine(
         return auto_attack(network, images[rows], labels[rows], norm, eps, flags.prng_seed)
 
     attacks = {"pgd": pgd} | ({"autoattack": auto} if flags.autoattack else {})
-    for norm, radii in {"l2": flags.eps_l2, "linf": flags.eps_linf}.items():
-        if norm in flags.norms:
-            standing = dict.fromkeys(distinct(radii), columns["predicted"] == labels)
-            for name, attack in attacks.items():
-                standing = withstood(network, labels, standing, partial(attack, norm))
-                columns |= {f"{name}_{norm}_{eps:g}": mask for eps, mask in standing.items()}
+    for norm in sorted(set(flags.norms)):
+        standing = dict.fromkeys(distinct(getattr(flags, f"eps_{norm}")), columns["predicted"] == labels)
+        for name, attack in attacks.items():
+            standing = withstood(network, labels, standing, partial(attack, norm))
+            columns |= {f"{name}_{norm}_{eps:g}": mask for eps, mask in standing.items()}
     return columns
 
 
 def summarize(results: pd.DataFrame) -> dict:
-    """Accuracy in percent by attack and eps, and mean and standard deviation of stability by delta.
-
-    Examples whose gradient is zero or not finite have no stability. ``left_out`` counts them.
-
-    Args:
-        results: the rows of one model and split, with the columns of ``examine``.
-    """
+    """The rows of one model and split in plain numbers; ``left_out`` has a gradient that is zero or not finite."""
     robust, stability = {}, {}
     for attack in ATTACKS:
-        for column in results.filter(regex=f"^{attack}_"):
+        for column, withstands in results.filter(regex=f"^{attack}_").items():
             name, eps = column.rsplit("_", 1)
-            robust.setdefault(name, {})[eps] = 100 * float(results[column].mean())
-    for column in results.filter(regex="^stability_"):
+            robust.setdefault(name, {})[eps] = 100 * float(withstands.mean())
+    for column, changes in results.filter(regex="^stability_").items():
         _, quantity, delta = column.split("_")
-        kept = results[column][np.isfinite(results[column])]
-        cell = {"mean": kept.mean(), "sd": kept.std(ddof=0), "left_out": len(results) - len(kept)}
+        kept = changes[np.isfinite(changes)]
+        cell = {"mean": kept.mean(), "sd": kept.std(ddof=0), "left_out": len(changes) - len(kept)}
         stability.setdefault(quantity, {})[delta] = cell
     return {
-        "model": results["model"].iloc[0],
-        "split": results["split"].iloc[0],
+        **results[["model", "split"]].iloc[0],
         "examples": len(results),
         "accuracy": 100 * float((results["predicted"] == results["label"]).mean()),
         "robust_accuracy": robust,
@@ -247,30 +224,31 @@ def format_summary(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def plot_robustness(path: Path, names: Sequence[str], summaries: Sequence[dict]) -> None:
+def plot_robustness(path: Path, results: Iterable[tuple[str, pd.DataFrame]]) -> None:
     """A panel for each norm (accuracy by eps) and each gradient (relative change by delta).
 
     Args:
-        names: for the legend, one for each summary.
-        summaries: as ``summarize`` makes them, all of the same columns.
+        results: the rows of a model and split, named; all have the same columns.
     """
-    norms = list(dict.fromkeys(attack.split("_")[1] for attack in summaries[0]["robust_accuracy"]))
-    quantities = list(summaries[0]["stability"])
-    figure, axes = new_figure(len(norms) + len(quantities))
-    for axis, norm in zip(axes, norms, strict=False):
-        axis.set(xlabel=f"{norm} eps", title=f"accuracy under attack, {norm}, %")
-        for i, summary in enumerate(summaries):
-            for attack, (title, line) in ATTACKS.items():
-                if accuracies := summary["robust_accuracy"].get(f"{attack}_{norm}"):
-                    xs, ys = [0.0, *map(float, accuracies)], [summary["accuracy"], *accuracies.values()]
-                    label = names[i] if attack == "pgd" else f"{names[i]}, {title}"
-                    axis.plot(xs, ys, line, marker=".", color=f"C{i}", label=label)
-    for axis, quantity in zip(axes[len(norms) :], quantities, strict=True):
-        axis.set(xlabel="l2 norm of delta", title=f"relative change of the {quantity}'s gradient", yscale="log")
-        for i, summary in enumerate(summaries):
-            changes = summary["stability"][quantity]
-            axis.plot(list(map(float, changes)), [c["mean"] for c in changes.values()], marker=".", color=f"C{i}")
-    for axis in axes:
+    summaries = [(name, summarize(rows)) for name, rows in results]
+    _, first = summaries[0]
+    titles = {norm: f"accuracy under attack, {norm}, %" for norm in NORMS if f"pgd_{norm}" in first["robust_accuracy"]}
+    titles |= {quantity: f"relative change of the {quantity}'s gradient" for quantity in first["stability"]}
+    figure, axes = new_figure(len(titles))
+    panels = dict(zip(titles, axes, strict=True))
+    for panel, axis in panels.items():
+        axis.set(xlabel=f"{panel} eps", title=titles[panel])
         axis.grid(alpha=0.3)
+        if panel in STABILITY:
+            axis.set(xlabel="l2 norm of delta", yscale="log")
+    for i, (label, summary) in enumerate(summaries):
+        style = {"marker": ".", "color": f"C{i}"}
+        for attack, accuracies in summary["robust_accuracy"].items():
+            name, norm = attack.split("_")
+            title, line = ATTACKS[name]
+            xs, ys = [0.0, *map(float, accuracies)], [summary["accuracy"], *accuracies.values()]
+            panels[norm].plot(xs, ys, line, label=label if name == "pgd" else f"{label}, {title}", **style)
+        for quantity, changes in summary["stability"].items():
+            panels[quantity].plot([*map(float, changes)], [change["mean"] for change in changes.values()], **style)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)

@@ -2,32 +2,25 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from curvature.pictures import plot_results
 from curvature.results import AT_CHANCE, QUANTITIES, averaged, read_results
-from experiments.robustness import ATTACKS, STABILITY, plot_robustness, summarize
+from experiments.robustness import ATTACKS, STABILITY, plot_robustness
 from utils.files import write_atomically
 from utils.numerics import at_chance
 
-# columns of table.csv, beside their standard deviations over seeds, and headings of table.md
-COLUMNS = {
-    "gradient_norm": "‖∇f‖",
-    "hessian_norm": "‖∇²f‖",
-    "curvature": "C",
-    "test_accuracy": "test accuracy, %",
-    "cost": "training cost",
-}
+# columns of table.csv, beside their standard deviations over seeds -> headings of table.md
+COLUMNS = {"gradient_norm": "‖∇f‖", "hessian_norm": "‖∇²f‖", "curvature": "C"}
+COLUMNS |= {"test_accuracy": "test accuracy, %", "cost": "training cost"}
 COUNTS = ["examples", "averaged", "converged"]  # over all seeds
 
 
-@dataclass(frozen=True)
-class Run:
-    """The files of one training run and of its measurements."""
+class Run(NamedTuple):
+    """A training run and its measurements."""
 
     method: str
     folder: Path  # named by the seed
@@ -41,8 +34,8 @@ class Run:
         return self.folder / "robustness.json"
 
     def is_finished(self) -> bool:
-        """Whether it is trained and measured. Both files are written as a whole."""
-        return self.curvature.exists() and self.robustness.exists()
+        """Whether it is trained and measured: this file is the last one."""
+        return self.robustness.exists()
 
     def results(self) -> pd.DataFrame:
         """A row an example, with the run's method and seed."""
@@ -65,19 +58,19 @@ def curvature_table(runs: list[Run]) -> pd.DataFrame:
     results = results.assign(examples=1, averaged=averaged(results))
     results["converged"] &= results["averaged"]
     results[list(QUANTITIES)] = results[list(QUANTITIES)].where(results["averaged"])
-    numbers = dict.fromkeys(QUANTITIES, "mean") | dict.fromkeys(COUNTS, "sum")
     by_seed = results.groupby(["method", "split", "seed"])
-    chance = [at_chance(100 * (rows["predicted"] == rows["label"]).mean(), rows["label"]) for _, rows in by_seed]
-    by_seed = by_seed.agg(numbers).assign(at_chance=chance).reset_index()
+    chance = by_seed.apply(lambda rows: at_chance(100 * (rows["predicted"] == rows["label"]).mean(), rows["label"]))
+    by_seed = by_seed.agg(dict.fromkeys(QUANTITIES, "mean") | dict.fromkeys(COUNTS, "sum")).assign(at_chance=chance)
 
     training = pd.DataFrame([run.training() for run in runs])
     standard = training[training["method"] == "Standard"].set_index("seed")["seconds"]
     training["cost"] = training["seconds"] / training["seed"].map(standard)
-    groups = training.merge(by_seed).groupby(["method", "split"], sort=False)
-    over_seeds = groups[list(COLUMNS)].agg(["mean", "std"])  # std: with n - 1, so NaN for one seed
-    over_seeds.columns = [name if number == "mean" else f"{name}_sd" for name, number in over_seeds.columns]
-    counts = groups[[*COUNTS, "at_chance"]].sum()
-    return pd.concat([groups.size().rename("seeds"), over_seeds, counts], axis=1).reset_index()
+    groups = training.merge(by_seed.reset_index()).groupby(["method", "split"], sort=False)
+    columns = {"seeds": ("seed", "size")}
+    for name in COLUMNS:  # std: with n - 1, so NaN for one seed
+        columns |= {name: (name, "mean"), f"{name}_sd": (name, "std")}
+    columns |= {name: (name, "sum") for name in [*COUNTS, "at_chance"]}
+    return groups.agg(**columns).reset_index()
 
 
 def robustness_table(runs: list[Run]) -> pd.DataFrame:
@@ -97,9 +90,8 @@ def robustness_table(runs: list[Run]) -> pd.DataFrame:
 
 def mean_and_sd(rows: pd.DataFrame, name: str) -> list[str]:
     """Cells "mean ± sd", or as much of it as there is."""
-    mean = rows[name].astype("float64").map("{:.4g}".format, na_action="ignore")
-    sd = rows[f"{name}_sd"].astype("float64").map(" ± {:.2g}".format, na_action="ignore")
-    return [*mean.astype(object).fillna("") + sd.astype(object).fillna("")]
+    cells = [f"{mean:.4g} ± {sd:.2g}" for mean, sd in zip(rows[name], rows[f"{name}_sd"], strict=True)]
+    return [cell.removesuffix(" ± nan").replace("nan", "") for cell in cells]
 
 
 def markdown(columns: dict[str, list[str]]) -> str:
@@ -135,11 +127,11 @@ def curvature_markdown(table: pd.DataFrame, description: str) -> str:
     parts = [caption]
     for split, rows in table.groupby("split"):
         count = (rows["examples"] // rows["seeds"]).max()
-        columns = {title: mean_and_sd(rows, name) for name, title in COLUMNS.items()}
-        accuracy, marks = COLUMNS["test_accuracy"], np.where(rows["at_chance"], " †", "")
-        columns[accuracy] = [cell + mark for cell, mark in zip(columns[accuracy], marks, strict=True)]
-        title = f"Gradient, Hessian and curvature at {count} {split} examples:"
-        parts += [title, markdown({"method": rows["method"], **columns})]
+        cells = {name: mean_and_sd(rows, name) for name in COLUMNS}
+        marked = zip(cells["test_accuracy"], rows["at_chance"], strict=True)
+        cells["test_accuracy"] = [cell + " †" * (seeds > 0) for cell, seeds in marked]
+        columns = {"method": rows["method"]} | {COLUMNS[name]: column for name, column in cells.items()}
+        parts += [f"Gradient, Hessian and curvature at {count} {split} examples:", markdown(columns)]
         parts += [f"† At least one network {AT_CHANCE}."] if rows["at_chance"].any() else []
     return "\n\n".join(parts) + "\n"
 
@@ -175,5 +167,4 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     results = pd.concat([run.results() for run in runs]).query("split == 'test'")
     plot_results(folder / "curvature.png", list(results.groupby("method", sort=False)))
     examined = pd.concat([pd.read_csv(run.robustness.with_suffix(".csv")).assign(method=run.method) for run in runs])
-    summaries = {method: summarize(rows) for method, rows in examined.groupby("method", sort=False)}
-    plot_robustness(folder / "robustness.png", list(summaries), list(summaries.values()))
+    plot_robustness(folder / "robustness.png", examined.groupby("method", sort=False))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.datasets import make_moons
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -34,10 +35,7 @@ class Result(NamedTuple):
 
 def two_moons(count: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     """Points (count, 2) in float64, and classes (count,)."""
-    from sklearn.datasets import make_moons
-
-    points, classes = make_moons(count, noise=noise, random_state=seed)
-    return torch.from_numpy(points), torch.from_numpy(classes)
+    return tuple(map(torch.from_numpy, make_moons(count, noise=noise, random_state=seed)))
 
 
 def build_mlp(low_curvature: bool) -> nn.Sequential:
@@ -59,7 +57,7 @@ def compare(noise: float, seed: int) -> list[Result]:
     results = []
     for name in ("standard", "low-curvature"):
         torch.manual_seed(seed)
-        model = build_mlp(name == "low-curvature").train()
+        model = build_mlp(name == "low-curvature")
         loss = CELoss(model) if name == "standard" else CurvatureAndGradientRegularizedLoss(model, REG_CONSTANTS)
         optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
         for _ in range(STEPS):
