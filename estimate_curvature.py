@@ -31,7 +31,7 @@ from curvature.subjects import Subject, add_subject_flags, check_subject_flags, 
 from models.bound import LayerTable, format_layers, layer_table
 from utils import cli, distributed
 from utils.errors import UsageError
-from utils.files import make_room
+from utils.files import check_suffix, make_room
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,9 +77,7 @@ def check_flags(flags: argparse.Namespace) -> None:
     if flags.top_k > flags.num_power_iter:
         raise UsageError(f"--top-k {flags.top_k} needs at least as many products: raise --num-power-iter")
     for path in output_files(flags):
-        suffixes = (".csv", ".json") if path == flags.output else (".png",)
-        if path.suffix not in suffixes:
-            raise UsageError(f"{path} must end in {' or '.join(suffixes)}")
+        check_suffix(path, *((".csv", ".json") if path == flags.output else (".png",)))
     files = [path.resolve() for path in output_files(flags) + flags.compare]
     if len(set(files)) < len(files):
         raise UsageError("--output, --plot, --layers and --compare name the same file twice; each needs its own")

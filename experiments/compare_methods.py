@@ -8,6 +8,7 @@ Each run has a folder, <output-dir>/<method>/seed<k>/. After an interruption the
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from experiments.robustness import import_auto_attack
 from experiments.tables import Run, draw_figures, write_tables
 from training.run_files import MACHINE_FLAGS
 from utils import cli
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 
 class Method(NamedTuple):
@@ -131,7 +132,10 @@ def comparison_settings(flags: argparse.Namespace) -> dict:
 
 def check_same_settings(path: Path, settings: dict) -> None:
     """Raise UsageError unless the comparison recorded at ``path`` has these settings."""
-    recorded = json.loads(path.read_text())["settings"]
+    try:
+        recorded = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a comparison's settings; name another --output-dir") from error
     for script, flags in settings.items():
         for name, value in flags.items():
             if (theirs := recorded.get(script, {}).get(name)) != value:
@@ -141,14 +145,18 @@ def check_same_settings(path: Path, settings: dict) -> None:
 
 
 def carry_out(method: str, seed: int, flags: argparse.Namespace) -> None:
-    """Train and measure, unless that is finished."""
+    """Train and measure, as far as it has not been done."""
     run = Run(METHODS[method].title, flags.output_dir / method / f"seed{seed}")
     if run.is_finished():
         print(f"{run.folder} is finished")
         return
     training = training_flags(flags, method, prng_seed=seed, output_dir=run.folder, resume=True)
     subject = {"model_filename": [str(train_models.train(training))], "data_dir": training.data_dir}
-    estimate_curvature.estimate(measuring_flags(estimate_curvature, flags, output=run.curvature, **subject))
+    if not run.curvature.exists():
+        # it is written after each split, and gets its name when it is whole
+        unfinished = run.curvature.with_name("curvature.unfinished.csv")
+        estimate_curvature.estimate(measuring_flags(estimate_curvature, flags, output=unfinished, **subject))
+        os.replace(unfinished, run.curvature)
     subject |= {"split": "test", "output": run.robustness.with_suffix(".csv")}
     evaluate_robustness.evaluate(measuring_flags(evaluate_robustness, flags, **subject))
 

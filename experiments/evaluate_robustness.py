@@ -20,8 +20,7 @@ from curvature.subjects import add_subject_flags, check_subject_flags, for_examp
 from experiments.robustness import examine, format_summary, import_auto_attack, plot_robustness, summarize
 from training.attacks import NORMS
 from utils import cli, distributed
-from utils.errors import UsageError
-from utils.files import make_room
+from utils.files import check_suffix, make_room
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,8 +55,8 @@ def evaluate(flags: argparse.Namespace) -> None:
     """Examine, print, write and draw."""
     check_subject_flags(flags)
     for path, suffix in ((flags.output, ".csv"), (flags.plot, ".png")):
-        if path and path.suffix != suffix:
-            raise UsageError(f"{path} must end in {suffix}")
+        if path:
+            check_suffix(path, suffix)
     if flags.autoattack:
         import_auto_attack()
     subjects = load_subjects(flags)

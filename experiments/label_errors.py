@@ -28,8 +28,7 @@ from models.model_selector import build_network, model_architecture
 from regularized_loss import CELoss
 from training.epoch import TrainingStep, build_optimizer
 from utils import cli
-from utils.errors import UsageError
-from utils.files import make_room
+from utils.files import check_suffix, make_room
 from utils.numerics import seed_everything
 from utils.plots import new_figure, save_figure
 from utils.precision import training_settings
@@ -82,8 +81,7 @@ def score(flags: argparse.Namespace) -> pd.DataFrame:
 
 def find(flags: argparse.Namespace) -> None:
     """Score, report, and write the rows and the picture."""
-    if flags.output.suffix != ".csv":
-        raise UsageError(f"--output {flags.output} must end in .csv; the picture goes beside it")
+    check_suffix(flags.output, ".csv")  # the picture goes beside it
     picture = flags.output.with_suffix(".png")
     for path in (flags.output, picture):
         make_room(path)

@@ -5,7 +5,9 @@ Networks are frozen and in eval mode (``curvature.estimate.prepared``). Images a
 """
 
 import argparse
+import importlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -92,13 +94,13 @@ def strongest(
     return worst
 
 
-def import_auto_attack() -> type:
-    """The class AutoAttack (Croce & Hein, ICML 2020)."""
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError:
-        raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out") from None
-    return AutoAttack
+def import_auto_attack() -> Callable:
+    """The class AutoAttack (Croce & Hein, ICML 2020), silent; UserError if no package that has it is installed."""
+    # the authors' repository prints unless told not to, their package on PyPI does not
+    for package, silent in (("autoattack", {"verbose": False}), ("pyautoattack", {})):
+        with suppress(ImportError):
+            return partial(importlib.import_module(package).AutoAttack, **silent)
+    raise UserError("AutoAttack is not installed; pip install pyautoattack, or leave --autoattack out")
 
 
 @torch.no_grad()
@@ -120,7 +122,8 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         if num_classes < 4:
             attack.attacks_to_run.remove("apgd-t")
-        found, _ = attack.run_standard_evaluation(images.float(), labels)
+        found = attack.run_standard_evaluation(images.float(), labels)
+    found = found[0] if isinstance(found, tuple) else found  # the package on PyPI adds predictions
     # rounding may leave the ball
     return (images + project(found.to(images.dtype) - images, norm, eps)).clamp(0, 1)
 
@@ -214,11 +217,11 @@ def format_summary(summary: dict) -> str:
     for attack, accuracies in summary["robust_accuracy"].items():
         name, norm = attack.split("_")
         title = f"{'PGD and ' * (name != 'pgd')}{ATTACKS[name][0]}, {norm}: accuracy in %"
-        lines.append(f"    {title:<44}" + "".join(f"  eps {eps}: {value:.2f}" for eps, value in accuracies.items()))
+        lines.append(f"    {title:<50}" + "".join(f"  eps {eps}: {value:.2f}" for eps, value in accuracies.items()))
     for quantity, changes in summary["stability"].items():
         title = f"relative change of the {STABILITY[quantity]}'s gradient"
         cells = "".join(f"  delta {delta}: {value['mean']:.3f}" for delta, value in changes.items())
-        lines.append(f"    {title:<44}{cells}")
+        lines.append(f"    {title:<50}{cells}")
         if left_out := max(value["left_out"] for value in changes.values()):
             lines.append(f"    left out of these: {left_out} whose gradient is zero or not finite")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from curvature.estimate import estimate_curvature
 from models.layers import CenteredSoftplus
 from regularized_loss import CELoss, CurvatureAndGradientRegularizedLoss
 from utils import cli
+from utils.files import check_suffix, make_room
 from utils.plots import new_figure, save_figure
 
 NUM_TRAIN, NUM_TEST, NOISE = 100, 1000, 0.2  # few and noisy: enough to overfit to
@@ -73,6 +74,8 @@ def compare(noise: float, seed: int) -> list[Result]:
 
 def draw(path: Path, noise: float, seed: int) -> None:
     """A panel a network: the probability of class 1 as a map, 1/2 as a line, and the training points."""
+    check_suffix(path, ".png")
+    make_room(path)
     results = compare(noise, seed)
     points, classes = (tensor.numpy() for tensor in two_moons(NUM_TRAIN, noise, seed))
     figure, axes = new_figure(len(results))

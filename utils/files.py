@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -33,6 +33,12 @@ def remove_leftovers(path: Path) -> None:
     """Delete what killed processes left beside path. None may be writing it now."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
+
+
+def check_suffix(path: Path, *suffixes: str) -> None:
+    """Raise UsageError unless the name of a file to write ends in one of these."""
+    if path.suffix not in suffixes:
+        raise UsageError(f"{path} must end in {' or '.join(suffixes)}")
 
 
 def make_room(path: Path) -> None:
