@@ -38,11 +38,12 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """(n, 3, H, W) uint8 -> (n, 3, size, size) uint8, bilinear with antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
-    resized = []
-    for chunk in images.split(max(1, 2**22 // size**2)):  # in float32 they take four times as much
+    resized = images.new_empty(len(images), 3, size, size)  # at once: what does not fit into memory fails here
+    at_once = max(1, 2**22 // size**2)  # in float32 they take four times as much
+    for chunk, place in zip(images.split(at_once), resized.split(at_once), strict=True):
         values = F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
-        resized.append(values.round_().clamp_(0, 255).byte())
-    return torch.cat(resized)
+        place.copy_(values.round_().clamp_(0, 255))
+    return resized
 
 
 def as_split(images: np.ndarray, labels, size: int) -> Split:

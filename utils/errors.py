@@ -21,7 +21,8 @@ class Terminated(KeyboardInterrupt):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that there is no memory left, on a GPU or a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "Storage size calculation overflowed")  # by torch, of a CPU
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def one_line(error: BaseException) -> str:
