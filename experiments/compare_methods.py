@@ -190,11 +190,11 @@ def compare(flags: argparse.Namespace) -> None:
             print(f"[{number}/{len(todo)}] {method} seed {seed}", flush=True)
             carry_out(method, seed, flags)
             write_tables(flags.output_dir, finished_runs(flags.output_dir), settings)
+        draw_figures(flags.output_dir, finished_runs(flags.output_dir))
+        two_moons.draw(flags.output_dir / "two_moons.png", two_moons.NOISE, flags.prng_seed)
     except KeyboardInterrupt:
         print(f"\nto go on: {shlex.quote(sys.executable)} {cli.own_command(compare, flags.arguments)}")
         raise
-    draw_figures(flags.output_dir, finished_runs(flags.output_dir))
-    two_moons.draw(flags.output_dir / "two_moons.png", two_moons.NOISE, flags.prng_seed)
     print(f"\n{(flags.output_dir / 'table.md').read_text()}\nsaved in {flags.output_dir}")
 
 
