@@ -110,7 +110,7 @@ def read_file(path: Path):
     with path.open("rb") as file:
         start = file.read(1000)
     if kind := next((kind for kind, pattern in FOREIGN.items() if re.match(pattern, start, re.DOTALL)), None):
-        results = ", or what --output wrote to --compare" if kind == "a table of results" else ""
+        results = "; estimate_curvature.py's own go to its --compare" if kind == "a table of results" else ""
         raise UserError(f"{path} is {kind}, not weights; give the checkpoint, a .pt file{results}")
     try:
         if start[4:9] == b"\0\0\0\0{":  # safetensors: the length of the header in 8 bytes, then the header, JSON
