@@ -108,7 +108,7 @@ def plot_training(run: Run, metrics: list[dict], model: nn.Module) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     for axis, names in zip(axes[2:], list(panels.values())[2:], strict=False):
-        axis.set_yscale("log" if (table[names] > 0).all(axis=None) else "linear")  # a loss may have negative terms
+        axis.set_yscale("linear" if (table[names] <= 0).any(axis=None) else "log")  # a loss may have negative terms
     for axis, (panel, values) in zip(axes[len(panels) :], bars.items(), strict=True):
         draw_bars(axis, panel, values)
     save_figure(figure, run.picture)
