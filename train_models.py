@@ -193,8 +193,8 @@ def train_run(flags: argparse.Namespace, run: Run, data: ImageData, loss: CELoss
     for epoch in range(len(metrics) + 1, flags.num_epochs + 1):
         metrics.append(train_one_epoch(flags, epoch, data, step, optimizer))
         if distributed.rank() == 0:
-            told = epoch in (3, flags.num_epochs)  # time to learn something, and to stop what learns nothing
-            remark = remark_on_chance(metrics[-1], data, flags, loss) if told else None
+            # after three epochs it had time to learn something, and time is left to stop it if it did not
+            remark = remark_on_chance(metrics[-1], data, flags, loss) if epoch in (3, flags.num_epochs) else None
             run.record(metrics, loss, optimizer, remark)
             print(f"epoch {epoch}/{flags.num_epochs}  {format_metrics(metrics[-1])}", flush=True)
             if remark:

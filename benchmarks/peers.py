@@ -7,7 +7,7 @@ Every method gets the same images, the same frozen network in the same dtype, a 
 Ours and ARPACK (eigsh) stop at a residual ||H u - lambda u|| <= tol |lambda|, ours when it has seen that twice, and
 PyHessian once its estimate changes by less than tol, which is weaker. All options are the peers' defaults, except that
 curvlinops is spared its check for determinism. The truth is eigsh at 1e-8 in float64 on plain double backward, so an
-error holds the rounding of the dtype, too. docs/costs.md explains the rows.
+error holds the rounding of the dtype, too. Our times include folding the network. docs/costs.md explains the rows.
 """
 
 import argparse

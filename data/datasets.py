@@ -125,7 +125,8 @@ def load_image_folder(root: Path, size: int) -> tuple[Split, list[str]]:
         folder = ImageFolder(root)
     except OSError as error:  # no such folder, or an empty class
         remedy = "add images: --data-dir must hold train/<class>/ and test/<class>/"
-        raise UserError(f"imagefolder: {root}: {' '.join(str(error).split())}; {remedy}") from error
+        problem = error.strerror or " ".join(str(error).split())
+        raise UserError(f"imagefolder: {root}: {problem}; {remedy}") from error
     images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
     for i, (path, _) in enumerate(progress(folder.samples, f"reading {root}", len(folder), "images")):
         try:

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag = parser.add_argument_group("what to compare").add_argument
     flag("--quick", action="store_true", help="all methods on the digits, in half an hour at most")
-    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
+    flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table, all by default")
     flag("--model-arch", choices=("resnet18", "resnet34", "vgg11"), default="resnet18", help="the network")
     flag("--num-seeds", type=cli.positive_int, default=1, help="runs of each method; seeds from --seed on")
     flag = parser.add_argument_group("how to measure").add_argument
@@ -133,7 +133,7 @@ def comparison_settings(flags: argparse.Namespace) -> dict:
 def check_same_settings(path: Path, settings: dict) -> None:
     """Raise UsageError unless the comparison recorded at ``path`` has these settings."""
     try:
-        recorded = json.loads(path.read_text())["settings"]
+        recorded = dict(json.loads(path.read_text())["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a comparison's settings; name another --output-dir") from error
     for script, flags in settings.items():

@@ -34,8 +34,8 @@ class Run(NamedTuple):
         return self.folder / "robustness.json"
 
     def is_finished(self) -> bool:
-        """Whether it is trained and measured: this file is the last one."""
-        return self.robustness.exists()
+        """Whether it is trained and measured."""
+        return self.curvature.exists() and self.robustness.exists()
 
     def results(self) -> pd.DataFrame:
         """A row an example, with the run's method and seed."""

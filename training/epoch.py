@@ -33,9 +33,9 @@ def build_optimizer(
     """
     log_betas = [m.log_beta for m in loss.model.modules() if isinstance(m, CenteredSoftplus)]
     log_gammas = [m.log_gamma for m in loss.model.modules() if isinstance(m, LipschitzBatchNorm2d)]
-    bends, of_model = set(log_betas + log_gammas), set(loss.model.parameters())
+    undecayed, of_model = set(log_betas + log_gammas), set(loss.model.parameters())
     groups = [
-        {"params": [p for p in loss.model.parameters() if p not in bends], "weight_decay": weight_decay},
+        {"params": [p for p in loss.model.parameters() if p not in undecayed], "weight_decay": weight_decay},
         {"params": log_betas + log_gammas, "weight_decay": 0.0},
         {"params": [p for p in loss.parameters() if p not in of_model], "weight_decay": 0.0},
     ]

@@ -35,8 +35,11 @@ def format_metrics(row: dict[str, float]) -> str:
 def count_parameters(loss: nn.Module) -> str:
     """How many numbers are trained, in words."""
     total, of_model = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (loss, loss.model))
-    bends = sum(isinstance(m, (CenteredSoftplus, LipschitzBatchNorm2d)) for m in loss.model.modules())
-    parts = [f"{of_model - bends:,} weights", f"{bends} beta and gamma" if bends else ""]
+    betas_and_gammas = sum(isinstance(m, (CenteredSoftplus, LipschitzBatchNorm2d)) for m in loss.model.modules())
+    parts = [
+        f"{of_model - betas_and_gammas:,} weights",
+        f"{betas_and_gammas} beta and gamma" if betas_and_gammas else "",
+    ]
     parts += [f"{total - of_model} of the loss"] if total > of_model else []
     return ", ".join(filter(None, parts))
 
