@@ -36,6 +36,11 @@ TERMS = {  # of the losses that are here; a user may have added another
 @pytest.mark.parametrize("arch", ["two_blocks_lcnn", *(pytest.param(arch, marks=pytest.mark.long) for arch in LARGE)])
 def test_train_and_estimate_every_regularizer(arch, thin_vgg, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model_architecture, "two_blocks_lcnn", TwoBlocks)
+
+    def progress(steps, description, total, unit):  # as many as it is told
+        return (step for step, _ in zip(steps, range(total), strict=True))
+
+    monkeypatch.setattr(train_models, "progress", progress)
     trained = []
     for regularizer, terms in TERMS.items():
         flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
@@ -82,6 +87,7 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
         (train_models, ["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
         (train_models, ["--batch-size", "many"], 2, ["--batch-size", "many"]),
         (train_models, ["--lr", "nan"], 2, ["--lr", "more than 0"]),
+        (train_models, ["--lr", "0"], 2, ["--lr", "more than 0"]),
         (train_models, ["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
         (train_models, ["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
         (train_models, ["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
@@ -95,7 +101,7 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
 )
 def test_errors_are_named_before_anything_is_loaded(script, flags, code, words, tmp_path, capsys):
     """There are no data: a wrong flag that was seen later would end with that."""
-    places = ["--data-dir", str(tmp_path)] + (["--output-dir", str(tmp_path)] if script is train_models else [])
+    places = ["--data-dir", str(tmp_path)] + (["--output-dir", str(tmp_path / "out")] if script is train_models else [])
     assert_one_line_error(run_main(script, [*places, *flags], capsys), code, *words)
     assert not list(tmp_path.iterdir())
 
