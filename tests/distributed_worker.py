@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from torch import nn
 import train_models
 from data.batches import Split, training_batches
 from regularized_loss import CELoss, regularizers
-from training.epoch import FiniteSteps, NonFiniteStep, TrainingStep, build_optimizer
+from training.epoch import FiniteSteps, NonFiniteStep, TrainingStep, build_optimizer, train_epoch
+from training.parallel import average_statistics
+from training.run_files import Run
 from utils import distributed
 
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
@@ -56,7 +59,10 @@ def gradients_of_every_loss() -> dict[str, dict]:
             gradients(batch.images.double(), batch.labels, batch.share)
             grads = {n: p.grad.clone() for n, p in gradients.loss.named_parameters() if p.grad is not None}
             found[f"{name} {batch.size}"] = grads
-    return found
+    step = TrainingStep(CELoss(nn.Sequential(nn.Flatten(), nn.Linear(192, 4).double())))
+    whole = (batch._replace(images=batch.images.double()) for batch in training_batches(split, 7, 0, 1, **part))
+    means = train_epoch(step, build_optimizer(step.loss, 0.1, 0.9, 0.0), whole)
+    return found | {"an epoch": {name: torch.tensor(mean).double() for name, mean in means.items()}}
 
 
 def refusal_of_a_step_that_is_bad_on_the_last() -> str:
@@ -83,6 +89,10 @@ def single_steps(path: str) -> None:
         if distributed.rank() == 0:
             torch.save(gradients, path)
         sys.stderr.write(refusal_of_a_step_that_is_bad_on_the_last())
+        norm, rank = nn.BatchNorm1d(1), distributed.rank()
+        norm.running_mean += rank
+        average_statistics(norm, share=(0.5, 0.3, 0.2)[rank])
+        torch.testing.assert_close(norm.running_mean, torch.tensor([0.7]))
     threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads)  # one that outlives its group may crash the interpreter's exit
 
@@ -98,6 +108,8 @@ def train_and_digest(folder: str, *arguments: str) -> None:
         return evaluate(model, *rest)
 
     train_models.evaluate = digest
+    if os.environ["RANK"] != "0":
+        Run.record = train_models.plot_training = None  # the first writes
     sys.exit(train_models.main(arguments))
 
 
