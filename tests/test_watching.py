@@ -101,12 +101,12 @@ def test_epochs_of_a_replaced_run_do_not_stay(watched, tmp_path):
     kept = {path.name for path in folder.glob("*.pt")}
     assert watched("run", *flags, "--overwrite", "--lr", 1e30).returncode == 1  # nothing is in their place
     assert {path.name for path in folder.glob("*.pt")} == kept
-    assert watched("run", *flags, "--overwrite", "--save-every", 2, "--seed", 3).returncode == 0
-    assert {path.name for path in folder.glob("*.pt")} == {f"{name}.pt", f"{name}_epoch2.pt", mine.name}
-    assert read_checkpoint(folder / f"{name}_epoch2.pt")["flags"]["prng_seed"] == 3
+    assert watched("run", *flags, "--overwrite", "--num-epochs", 1, "--save-every", 1, "--seed", 3).returncode == 0
+    assert {path.name for path in folder.glob("*.pt")} == {f"{name}.pt", f"{name}_epoch1.pt", mine.name}
+    assert read_checkpoint(folder / f"{name}_epoch1.pt")["flags"]["prng_seed"] == 3
     for end in (".pt", "_metrics.csv", ".png"):
         (folder / f"{name}{end}").unlink()
-    assert_one_line_error(watched("run", *flags), 2, "_epoch2.pt exists, without its checkpoint", "--overwrite")
+    assert_one_line_error(watched("run", *flags), 2, "_epoch1.pt exists, without its checkpoint", "--overwrite")
 
 
 def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(watched, monkeypatch):
