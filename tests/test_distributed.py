@@ -85,6 +85,7 @@ def test_a_run_goes_on_with_more_processes_that_all_have_the_same_network(flags,
     zero, one, two = ((digests / str(rank)).read_text().splitlines() for rank in range(3))
     assert len(zero) == 1
     assert zero == one == two
+    assert len(list(digests.glob("seed *"))) == 3  # each draws its own random numbers
     metrics = pd.read_csv(tmp_path / f"{NAME}_metrics.csv")
     assert metrics["epoch"].tolist() == [1, 2]
     # three processes measured what one does
