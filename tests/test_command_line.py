@@ -55,6 +55,7 @@ def test_train_and_estimate_every_regularizer(arch, thin_vgg, photographs, tmp_p
         rows = pd.read_csv(tmp_path / f"{name}_metrics.csv")
         expected = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds", *terms}
         assert (len(rows), set(rows)) == (1, expected | {"images_per_second"})
+        assert (rows["images_per_second"] * rows["seconds"]).tolist() == pytest.approx([24])
         assert re.search(r"test_accuracy \d+\.\d\d ", result.stdout)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert not list(tmp_path.glob("*unfinished*"))
@@ -87,6 +88,7 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
         (train_models, ["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
         (train_models, ["--batch-size", "many"], 2, ["--batch-size", "many"]),
         (train_models, ["--lr", "nan"], 2, ["--lr", "more than 0"]),
+        (train_models, ["--lr", "inf"], 2, ["--lr", "more than 0"]),
         (train_models, ["--lr", "0"], 2, ["--lr", "more than 0"]),
         (train_models, ["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
         (train_models, ["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
