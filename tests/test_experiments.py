@@ -162,7 +162,7 @@ def test_a_comparison_that_stops_says_why_or_how_to_go_on(photographs, tmp_path,
     assert shlex.split(line) == ["to", "go", "on:", sys.executable, "-m", "experiments.compare_methods", *flags]
 
     monkeypatch.setattr(train_models, "train", lambda flags: sys.exit(flags.prng_seed))
-    with pytest.raises(SystemExit, match="^3$"):
+    with pytest.raises(SystemExit, match=r"^3$"):
         compare_methods.carry_out("standard", 3, compare_methods.build_parser().parse_args(flags))
 
 
