@@ -156,7 +156,7 @@ def test_reference_flag_spellings():
     expected |= {"reg_gamma": 1e-2, "prng_seed": 1729, "strong_determinism_wanted": True}
     assert vars(parser.parse_args([])).items() >= expected.items()
     estimate = vars(estimate_curvature.build_parser().parse_args(["--model-filename", "x", "--prng_seed", "1"]))
-    assert (estimate["data_fraction"], estimate["batch_size"], estimate["num_power_iter"]) == (0.1, 64, 10)
+    assert [estimate[name] for name in ("data_fraction", "batch_size", "num_power_iter", "tol")] == [0.1, 64, 10, 1e-3]
 
 
 def test_the_readmes_own_loss(thin_vgg, photographs, tmp_path, monkeypatch, capsys):

@@ -220,6 +220,9 @@ def test_places_that_a_run_cannot_write_to(run, monkeypatch):
             with pytest.raises(UserError, match=os.strerror(number)):
                 write_atomically(mine, b"new")
         assert [file.read_text() for file in Path("run").iterdir()] == ["mine"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", refuse(errno.EACCES))
+        assert_one_line_error(run("--overwrite"), 1, "cannot be written (Permission denied)", "another place")
     monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
     assert_one_line_error(run(), 1, "cannot be locked", "No locks available", "--output-dir")
 
