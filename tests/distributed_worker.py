@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import nn
 import train_models
 from data.batches import Split, training_batches
 from regularized_loss import CELoss, regularizers
-from training.epoch import FiniteSteps, NonFiniteStep, TrainingStep, build_optimizer
+from training.epoch import FiniteSteps, NonFiniteStep, TrainingStep, build_optimizer, evaluate, train_epoch
+from training.run_files import Run
 from utils import distributed
 
 WEIGHTS = argparse.Namespace(reg_gnorm=1e-2, reg_beta=1e-2, reg_gamma=1e-2, reg_bound=1e-2)
@@ -56,7 +58,24 @@ def gradients_of_every_loss() -> dict[str, dict]:
             gradients(batch.images.double(), batch.labels, batch.share)
             grads = {n: p.grad.clone() for n, p in gradients.loss.named_parameters() if p.grad is not None}
             found[f"{name} {batch.size}"] = grads
-    return found
+    return found | {"an epoch": numbers_of_an_epoch(split, part)}
+
+
+def numbers_of_an_epoch(split: Split, part: dict) -> dict[str, torch.Tensor]:
+    """Means over its examples, and the statistics of a BatchNorm beside a network that has none."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4).double())
+    loss = CELoss(model)
+    loss.norm = norm = nn.BatchNorm1d(192, affine=False).double()
+
+    def watch(module, inputs, output) -> None:
+        if model.training:
+            norm(output)
+
+    model[0].register_forward_hook(watch)
+    whole = (batch._replace(images=batch.images.double()) for batch in training_batches(split, 7, 0, 1, **part))
+    means = train_epoch(TrainingStep(loss), build_optimizer(loss, 0.1, 0.9, 0.0), whole)
+    means["test_loss"], means["test_accuracy"] = evaluate(model, split, 2)
+    return {name: torch.tensor(round(mean, 4)) for name, mean in means.items()} | {"norm": norm.running_mean}
 
 
 def refusal_of_a_step_that_is_bad_on_the_last() -> str:
@@ -95,9 +114,12 @@ def train_and_digest(folder: str, *arguments: str) -> None:
         state = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
         with (Path(folder) / str(distributed.rank())).open("a") as file:
             file.write(f"{state}\n")
+        (Path(folder) / f"seed {torch.initial_seed()}").touch()
         return evaluate(model, *rest)
 
     train_models.evaluate = digest
+    if os.environ["RANK"] != "0":
+        Run.record = train_models.plot_training = None  # the first writes
     sys.exit(train_models.main(arguments))
 
 

@@ -162,7 +162,11 @@ def test_projection_and_step():
     assert torch.allclose(project(delta, "linf", 0.35), torch.tensor([[0.35, 0.35], [0.3, 0.35], [0.0, 0.0]]))
     images = torch.full((1, 4), 0.5)  # a step is 2.5 * eps / steps long unless told otherwise
     assert torch.allclose(PGD("linf", 0.4, 10).step(images, images, torch.ones(1, 4)), images + 0.1)
+    assert torch.allclose(PGD("linf", 0.4, 10, 0.2).step(images, images, torch.ones(1, 4)), images + 0.2)
     assert torch.allclose(PGD("l2", 0.4, 10).step(images, images, torch.ones(1, 4)), images + 0.05)
+    torch.manual_seed(0)
+    radii = (PGD("l2", 0.1, 1).random_start(torch.full((1000, 9), 0.5), None) - 0.5).norm(dim=1)
+    assert torch.allclose(radii.sort().values, torch.linspace(0, 0.1, 1000), atol=0.01)  # uniform
     for wrong in (("l1", 0.1, 3), ("l2", 0.0, 3), ("l2", 0.1, 0), ("l2", 1, 1, -1)):
         with pytest.raises(ValueError, match=r"norm 'l1'|must be positive"):
             PGD(*wrong)

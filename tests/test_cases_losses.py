@@ -196,8 +196,10 @@ def test_one_step_of_a_losss_own_parameter():
     """It follows its gradient, without weight decay; and a term is what the step computed with."""
     loss, images, labels = UncertaintyLoss(network(2, 16)), torch.rand(8, 3, 16, 16), torch.arange(8) % 2
     loss.log_vars[0].data.fill_(1.0)
+    loss.model.eval()  # as an evaluation leaves it
     optimizer, step = build_optimizer(loss, lr=0.1, momentum=0.9, weight_decay=0.5), TrainingStep(loss)
     terms = train_epoch(step, optimizer, [Batch(images, labels, 8, 1.0)])
+    assert loss.model.training
     assert terms["s0"] == 1  # a view of the parameter, until the step
     slope = 1 - terms["raw_loss"] / math.e  # d/ds of exp(-s) L + s
     assert loss.log_vars[0].item() == pytest.approx(1 - 0.1 * slope)

@@ -36,6 +36,11 @@ TERMS = {  # of the losses that are here; a user may have added another
 @pytest.mark.parametrize("arch", ["two_blocks_lcnn", *(pytest.param(arch, marks=pytest.mark.long) for arch in LARGE)])
 def test_train_and_estimate_every_regularizer(arch, thin_vgg, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model_architecture, "two_blocks_lcnn", TwoBlocks)
+
+    def progress(steps, description, total, unit):  # as many as it is told
+        return (step for step, _ in zip(steps, range(total), strict=True))
+
+    monkeypatch.setattr(train_models, "progress", progress)
     trained = []
     for regularizer, terms in TERMS.items():
         flags = ["--model-arch", arch, "--regularizer", regularizer, "--num-epochs", 1]
@@ -50,6 +55,7 @@ def test_train_and_estimate_every_regularizer(arch, thin_vgg, photographs, tmp_p
         rows = pd.read_csv(tmp_path / f"{name}_metrics.csv")
         expected = {"epoch", "learning_rate", "train_loss", "raw_loss", "test_loss", "test_accuracy", "seconds", *terms}
         assert (len(rows), set(rows)) == (1, expected | {"images_per_second"})
+        assert (rows["images_per_second"] * rows["seconds"]).tolist() == pytest.approx([24])
         assert re.search(r"test_accuracy \d+\.\d\d ", result.stdout)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert not list(tmp_path.glob("*unfinished*"))
@@ -82,6 +88,8 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
         (train_models, ["--model-arch", "resnet99"], 2, ["--model-arch", "resnet99", "resnet18lcnn"]),
         (train_models, ["--batch-size", "many"], 2, ["--batch-size", "many"]),
         (train_models, ["--lr", "nan"], 2, ["--lr", "more than 0"]),
+        (train_models, ["--lr", "inf"], 2, ["--lr", "more than 0"]),
+        (train_models, ["--lr", "0"], 2, ["--lr", "more than 0"]),
         (train_models, ["--reg-beta", "-1"], 2, ["--reg-beta", "at least 0"]),
         (train_models, ["--image-size", "20"], 2, ["--image-size", "multiple of 16"]),
         (train_models, ["--device", "abacus"], 2, ["--device", "abacus", "cpu"]),
@@ -95,7 +103,7 @@ REFERENCE_TRAIN = ["--model-arch=resnet18lcnn", "--regularizer=curvature_and_gno
 )
 def test_errors_are_named_before_anything_is_loaded(script, flags, code, words, tmp_path, capsys):
     """There are no data: a wrong flag that was seen later would end with that."""
-    places = ["--data-dir", str(tmp_path)] + (["--output-dir", str(tmp_path)] if script is train_models else [])
+    places = ["--data-dir", str(tmp_path)] + (["--output-dir", str(tmp_path / "out")] if script is train_models else [])
     assert_one_line_error(run_main(script, [*places, *flags], capsys), code, *words)
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +156,7 @@ def test_reference_flag_spellings():
     expected |= {"reg_gamma": 1e-2, "prng_seed": 1729, "strong_determinism_wanted": True}
     assert vars(parser.parse_args([])).items() >= expected.items()
     estimate = vars(estimate_curvature.build_parser().parse_args(["--model-filename", "x", "--prng_seed", "1"]))
-    assert (estimate["data_fraction"], estimate["batch_size"], estimate["num_power_iter"]) == (0.1, 64, 10)
+    assert [estimate[name] for name in ("data_fraction", "batch_size", "num_power_iter", "tol")] == [0.1, 64, 10, 1e-3]
 
 
 def test_the_readmes_own_loss(thin_vgg, photographs, tmp_path, monkeypatch, capsys):

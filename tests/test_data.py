@@ -100,13 +100,14 @@ def test_images_of_every_mode_size_and_name(tmp_path):
         "e.png": Image.new("RGBA", (1, 1), (77, 77, 77, 0)),
         "f.jpg": Image.new("CMYK", (40, 40), (178, 178, 178, 0)),
         "g.png": Image.new("RGB", (2000, 2000), (77, 77, 77)),
+        "h.png": Image.fromarray(np.pad(np.full((16, 16), 77, dtype=np.uint8), [(0, 0), (9, 9)])),  # the square counts
         "собака\n😀.bmp": Image.new("L", (2, 300), 77),
         "notes.txt": b"not an image",
     }
     files = {f"a b\n'c 猫/{name}": image for name, image in images.items()}
     data = load_dataset("imagefolder", image_folder(tmp_path, files), 16)
     assert data.class_names == ["a b\n'c 猫"]
-    assert len(data.train) == 8
+    assert len(data.train) == 9
     assert (data.train.images.int() - 77).abs().max() <= 2
 
 
@@ -131,9 +132,10 @@ def test_imagefolder_errors_name_the_file(photographs, tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
     refused(r"classes a\..*; add images")  # an empty class
-    image_folder(tmp_path, {"a/0.png": patch, "b/0.png": patch})
-    shutil.rmtree(tmp_path / "train/b")
-    refused(r"same classes.*'b'")
+    for split in ("test", "train"):
+        image_folder(tmp_path, {"a/0.png": patch, "b/0.png": patch})
+        shutil.rmtree(tmp_path / split / "b")
+        refused(r"same classes.*'b'")
     (tmp_path / "train/a/two\nlines.png").write_bytes(patch[:100])
     flags = ["--dataset", "imagefolder", "--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
     assert_one_line_error(run_main(train_models, flags, capsys), 1, "two\\nlines.png cannot be read")
@@ -197,9 +199,10 @@ def test_svhn_through_torchvision(tmp_path, monkeypatch):
 
 
 def test_resizing_in_parts_is_resizing_at_once():
-    images = split_of(17, 8).images  # 16 are a part
-    whole = torch.nn.functional.interpolate(images.float(), (512, 512), mode="bilinear", antialias=True)
-    assert torch.equal(resize(images, 512), whole.round().clamp(0, 255).byte())
+    images = split_of(17, 8).images
+    for size in (512, 4):  # of the large ones 16 are a part
+        whole = torch.nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+        assert torch.equal(resize(images, size), whole.round().clamp(0, 255).byte())
     assert resize(images, 8) is images
 
 

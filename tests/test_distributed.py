@@ -54,7 +54,7 @@ def test_gradients_are_those_of_one_process_and_all_stop_at_a_step_that_is_bad_o
     assert result.stderr.count("step 1: b nan, the gradient inf, so the step was not taken") == 3
     one = gradients_of_every_loss()
     three = torch.load(tmp_path / "gradients.pt")
-    assert len(one) == 14
+    assert len(one) == 15
     for name, gradients in one.items():
         assert gradients.keys() == three[name].keys()
         largest = max(gradient.abs().max() for gradient in gradients.values())
@@ -85,6 +85,7 @@ def test_a_run_goes_on_with_more_processes_that_all_have_the_same_network(flags,
     zero, one, two = ((digests / str(rank)).read_text().splitlines() for rank in range(3))
     assert len(zero) == 1
     assert zero == one == two
+    assert len(list(digests.glob("seed *"))) == 3  # each draws its own random numbers
     metrics = pd.read_csv(tmp_path / f"{NAME}_metrics.csv")
     assert metrics["epoch"].tolist() == [1, 2]
     # three processes measured what one does

@@ -216,10 +216,12 @@ def test_two_processes_find_what_one_does(photographs, tmp_path, run, monkeypatc
     for name, value in (group | {"RANK": "0"}).items():
         monkeypatch.setenv(name, value)  # this process is the first
     flags += [tmp_path / "two.csv", "--dataset", "imagefolder", "--data-dir", photographs, "--image-size", 16]
-    command = list(map(str, [sys.executable, ROOT / "estimate_curvature.py", *flags]))
+    command = [sys.executable, ROOT / "estimate_curvature.py", *flags, "--output", tmp_path / "second.csv"]
+    command = list(map(str, command))
     with subprocess.Popen(command, env=os.environ | {"RANK": "1"}, stdout=subprocess.PIPE) as second:
         assert run(*flags).stdout.replace("two.csv", "one.csv") == one.stdout
         assert second.communicate(timeout=60)[0] == b""  # printed once, by the first process
+    assert not (tmp_path / "second.csv").exists()  # written by the first, too
     assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
 
 
@@ -264,6 +266,7 @@ def test_unusual_models(tmp_path, run):
     assert "train," not in result.stdout
     net = ["--model-arch", "my_models:Net", "--model-filename"]
     result = run(*net, "torch.bfloat16.pt", "--num-samples", 1000, "--num-power-iter", 1, "--method", "power")
+    assert result.stdout != run(*net, "torch.bfloat16.pt", "--num-samples", 1000, "--num-power-iter", 1).stdout
     for words in ("measured in float32", "train, 24 examples", "test, 12 examples"):
         assert words in result.stdout
     # 90 products take the residual below float32's rounding

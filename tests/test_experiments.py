@@ -91,6 +91,9 @@ def test_the_tables_numbers_are_those_of_the_runs_files(comparison, tmp_path):
         second = shutil.copytree(folder / method / "seed1729", folder / method / "seed1730")
         examples = pd.read_csv(second / "curvature.csv")
         examples.assign(curvature=3 * examples["curvature"]).to_csv(second / "curvature.csv", index=False)
+        (path,) = second.glob("*_metrics.csv")
+        epochs = pd.read_csv(path)
+        epochs.assign(seconds=3 * epochs["seconds"]).to_csv(path, index=False)  # of all methods: costs are relative
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     write_tables(folder, compare_methods.finished_runs(folder), settings)
 
@@ -121,6 +124,7 @@ REFUSED = {
     ("--lr", "0.02"): ["--lr 0.01, not 0.02", "train_models.py, standard"],
     ("--pgd-steps", "2"): ["--pgd-steps 1, not 2", "evaluate_robustness.py"],
     ("--regularizer", "cure"): ["--regularizer", "--methods"],
+    ("--overwrite",): ["--overwrite", "--methods"],
     ("--num-epoch", "2"): ["--num-epoch", "train_models.py --help"],
 }
 
@@ -144,9 +148,10 @@ def test_other_settings_and_data_are_refused(comparison, photographs, tmp_path, 
 
 
 def test_a_comparison_that_stops_says_why_or_how_to_go_on(photographs, tmp_path, monkeypatch, capsys):
-    result = run_main(compare_methods, tiny_comparison(photographs, tmp_path, "--batch-size", "1"), capsys)
+    flags = tiny_comparison(photographs, tmp_path, "--batch-size", "1", "--num-seeds", "2")
+    result = run_main(compare_methods, flags, capsys)
     assert_one_line_error(result, 1, "--batch-size")
-    assert "[1/2] standard seed 1729" in result.stdout
+    assert "[1/4] standard seed 1729" in result.stdout
     assert not compare_methods.finished_runs(tmp_path)
 
     monkeypatch.setattr(train_models, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
@@ -155,6 +160,10 @@ def test_a_comparison_that_stops_says_why_or_how_to_go_on(photographs, tmp_path,
     assert (result.returncode, result.stderr) == (130, "compare_methods: interrupted\n")
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("to "))
     assert shlex.split(line) == ["to", "go", "on:", sys.executable, "-m", "experiments.compare_methods", *flags]
+
+    monkeypatch.setattr(train_models, "train", lambda flags: sys.exit(flags.prng_seed))
+    with pytest.raises(SystemExit, match=r"^3$"):
+        compare_methods.carry_out("standard", 3, compare_methods.build_parser().parse_args(flags))
 
 
 def test_the_rows_of_table_1_and_quick():

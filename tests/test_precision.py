@@ -10,7 +10,7 @@ from torch import nn
 import train_models
 from regularized_loss import regularizers
 from training.epoch import TrainingStep
-from utils.precision import autocast_to_bfloat16, check_precision, denormals_flushed, training_settings
+from utils.precision import check_precision, denormals_flushed, training_settings
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def models() -> tuple[nn.Module, nn.Module]:
     """The same network twice: in float32, and prepared for bfloat16. Its classifier has torch's own spectral norm."""
     torch.manual_seed(0)
     model = TwoBlocks(10)
-    half = copy.deepcopy(model)
-    autocast_to_bfloat16(half, "cpu")
+    flags = train_models.build_parser().parse_args(["--precision", "bf16", "--device", "cpu"])
+    half = train_models.build_loss(flags, copy.deepcopy(model)).model
     return model.train(), half.train()
 
 

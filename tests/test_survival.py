@@ -139,6 +139,8 @@ def test_a_run_that_is_replaced_goes_only_when_there_is_something_in_its_place(r
     assert_one_line_error(run(*replacing, "--lr", 1e30), 1, "what was saved before it stays")
     assert contents() == old
     with monkeypatch.context() as patch:
+        patch.setattr(train_models, "evaluate", lambda *_: (torch.nan, 50.0))
+        assert_one_line_error(run(*replacing), 1, "epoch 1 ended with", "test_loss nan", "it was not saved", "--lr")
         patch.setattr(train_models, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
         result = run(*replacing)
     assert (result.returncode, result.stderr) == (130, "train_models.py: interrupted\n")
@@ -218,6 +220,9 @@ def test_places_that_a_run_cannot_write_to(run, monkeypatch):
             with pytest.raises(UserError, match=os.strerror(number)):
                 write_atomically(mine, b"new")
         assert [file.read_text() for file in Path("run").iterdir()] == ["mine"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", refuse(errno.EACCES))
+        assert_one_line_error(run("--overwrite"), 1, "cannot be written (Permission denied)", "another place")
     monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
     assert_one_line_error(run(), 1, "cannot be locked", "No locks available", "--output-dir")
 

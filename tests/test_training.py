@@ -5,9 +5,11 @@ import torch
 from conftest import TwoBlocks
 from torch import nn
 
-from data.batches import Split
+import train_models
+from data.batches import Split, to_pixels
+from data.datasets import ImageData
 from regularized_loss import CELoss
-from training.epoch import build_optimizer, calibrate_batchnorm, evaluate, learning_rate, load_optimizer_state
+from training.epoch import TrainingStep, build_optimizer, evaluate, learning_rate, load_optimizer_state
 
 
 def test_the_first_step_decays_weights_and_betas_and_nothing_else():
@@ -69,7 +71,7 @@ def test_calibrated_statistics_are_those_of_each_layers_input():
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), TwoBlocks(10, 8)).train()
     images = torch.rand(8, 3, 8, 8)
-    calibrate_batchnorm(model, images)
+    train_models.calibrate_batchnorm(model, images)
     assert model.training
     checked = []
 
@@ -87,11 +89,27 @@ def test_calibrated_statistics_are_those_of_each_layers_input():
     assert len(checked) == len(norms) == 6
 
 
+def test_flags_reach_the_first_statistics_and_the_rate():
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(8) % 2)
+    data = ImageData(split, split, ["a", "b"], flip=True)
+    flags = "--model-arch conftest:TwoBlocks --calibrate-batchnorm --bn-momentum 0.3 --num-epochs 3 --reg-warmup 2"
+    flags = train_models.build_parser().parse_args([*flags.split(), "--device", "cpu"])
+    network = train_models.build_trained_network(flags, data)
+    conv, norm = network.stem[0], network.stem[1]
+    assert norm.momentum == 0.3
+    torch.testing.assert_close(norm.running_mean, conv.eval()(to_pixels(images)).mean(dim=(0, 2, 3)))
+    optimizer = build_optimizer(loss := CELoss(network), 0.1, 0.9, 0.0)
+    row = train_models.train_one_epoch(flags, 2, data, TrainingStep(loss), optimizer)
+    assert (loss.epoch, loss.num_epochs, loss.warmup_epochs) == (2, 3, 2)
+    assert [group["lr"] for group in optimizer.param_groups] == [row["learning_rate"]] * 2 == pytest.approx([0.01] * 2)
+
+
 def test_evaluate_counts_by_hand():
     images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(images, torch.tensor([0, 1, 0, 1, 1, 0, 0]))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
-    logits = model(images.double() / 255)
-    loss, accuracy = evaluate(model, split, batch_size=3)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).double()
+    logits = model.eval()(images.double() / 255)
+    loss, accuracy = evaluate(model.train(), split, batch_size=3)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item())
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).double().mean().item())

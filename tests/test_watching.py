@@ -101,12 +101,12 @@ def test_epochs_of_a_replaced_run_do_not_stay(watched, tmp_path):
     kept = {path.name for path in folder.glob("*.pt")}
     assert watched("run", *flags, "--overwrite", "--lr", 1e30).returncode == 1  # nothing is in their place
     assert {path.name for path in folder.glob("*.pt")} == kept
-    assert watched("run", *flags, "--overwrite", "--save-every", 2, "--seed", 3).returncode == 0
-    assert {path.name for path in folder.glob("*.pt")} == {f"{name}.pt", f"{name}_epoch2.pt", mine.name}
-    assert read_checkpoint(folder / f"{name}_epoch2.pt")["flags"]["prng_seed"] == 3
+    assert watched("run", *flags, "--overwrite", "--num-epochs", 1, "--save-every", 1, "--seed", 3).returncode == 0
+    assert {path.name for path in folder.glob("*.pt")} == {f"{name}.pt", f"{name}_epoch1.pt", mine.name}
+    assert read_checkpoint(folder / f"{name}_epoch1.pt")["flags"]["prng_seed"] == 3
     for end in (".pt", "_metrics.csv", ".png"):
         (folder / f"{name}{end}").unlink()
-    assert_one_line_error(watched("run", *flags), 2, "_epoch2.pt exists, without its checkpoint", "--overwrite")
+    assert_one_line_error(watched("run", *flags), 2, "_epoch1.pt exists, without its checkpoint", "--overwrite")
 
 
 def test_a_network_that_cannot_be_measured_is_refused_before_the_first_epoch(watched, monkeypatch):
@@ -171,12 +171,15 @@ def test_a_network_at_chance_is_marked_wherever_it_is_compared(tmp_path):
     assert lines[-1].startswith("* at chance: ")
 
     runs = [ComparedRun(m, tmp_path / m / f"seed{seed}") for seed in (1, 2) for m in ("Standard", "LCNN")]
+    good.loc[0, ["gradient_norm", "curvature"]] = 0.0, 1e6  # to be left out
     for run, rows in zip(runs, (good, good, good, constant), strict=True):
         run.folder.mkdir(parents=True)
         rows.to_csv(run.curvature, index=False)
         (run.folder / "x_metrics.csv").write_text("test_accuracy,seconds\n55.5,1.0\n")
     table = curvature_table(runs)
     assert dict(zip(table["method"], table["at_chance"], strict=True)) == {"Standard": 0, "LCNN": 1}
+    assert table["curvature"].tolist() == [1, 1]
+    assert table["averaged"].tolist() == table["converged"].tolist() == [98, 99]
     text = curvature_markdown(table, "a caption")
     assert "curvature at 50 test examples:" in text
     assert (text.count("†"), text.count("55.5 ± 0 †"), text.count("† At least one network at chance: ")) == (2, 1, 1)
