@@ -16,11 +16,11 @@ from utils.errors import UsageError
 
 
 def scaled(x, scale):
-    return ScaledBatchNorm.apply(x, scale, None, None, 0.1, 1e-5)
+    return ScaledBatchNorm.apply(x, scale, None, None, 0.1, 0.5)
 
 
 def affine(x, weight, bias):
-    return AffineBatchNorm.apply(x, weight, bias, None, None, 0.1, 1e-5)
+    return AffineBatchNorm.apply(x, weight, bias, None, None, 0.1, 0.5)
 
 
 def strided(x, weight, bias):
