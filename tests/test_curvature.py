@@ -125,6 +125,12 @@ def test_a_constant_loss_has_no_curvature_and_without_a_gradient_a_model_is_refu
             estimate_curvature(refused, x, y)
 
 
+def test_logits_of_fewer_bits_are_measured_in_the_pixels_dtype():
+    model, narrow, (x, y) = small_model(), nn.Identity(), examples(2)
+    narrow.forward = lambda x: model(x).bfloat16()
+    assert estimate_curvature(narrow, x, y).loss.dtype == x.dtype
+
+
 def test_folding_grad_modes_and_the_type_of_labels_do_not_matter(thin_vgg):
     """Also where the network itself was made."""
     x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 2])
