@@ -115,6 +115,7 @@ def test_every_layer_of_mobilenet_is_converted_and_has_norm_1():
     torch.manual_seed(0)
     network, report = convert(torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25), images(16))
     assert {entry.kind for entry in report.left} == {"mul()"}
+    assert ", and 49 more)" in str(report)  # of 52 convolutions
     convertible = {nn.ReLU, nn.Hardswish, nn.Hardsigmoid, nn.Conv2d, nn.BatchNorm2d}
     assert not convertible & {type(module) for module in network.modules()}
     norms = [
@@ -130,7 +131,8 @@ def test_rescaled_batchnorm_undoes_the_normalization():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3, bias=False), nn.BatchNorm2d(4))
     model = model.double().eval()
     for norm in (model[1], model[3]):
-        norm.eps = 0.0
+        norm.eps, norm.momentum = 0.0, None
+        norm.num_batches_tracked.fill_(7)
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
         nn.init.normal_(norm.weight)
@@ -138,10 +140,13 @@ def test_rescaled_batchnorm_undoes_the_normalization():
     x = images(dtype=torch.float64)
     network, _ = convert(model, x)
     for norm in (network[1], network[3]):
+        assert (norm.momentum, norm.num_batches_tracked) == (None, 7)
         norm.log_gamma.data.fill_(math.log(1e6))
     torch.testing.assert_close(network(x), model(x))
     # plain statistics behind a normalized convolution are rescaled as well
     torch.testing.assert_close(convert(model, x, batchnorms=False)[0](x), model(x))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5, eps=0)).double().eval()
+    torch.testing.assert_close(convert(model, x)[0](x), model(x))
     # with the clip active, the layer is Lipschitz by gamma
     norm = network[1]
     for gamma in (0.5, 100.0):
@@ -152,9 +157,13 @@ def test_rescaled_batchnorm_undoes_the_normalization():
 
 
 def test_statistics_are_rescaled_only_right_behind_a_normalized_layer():
-    """x.add_(1) is the same tensor, but not the convolution's output any more."""
-    model = Calls(lambda self, x: self.norm(self.conv(x).add_(1)), conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4))
-    assert torch.equal(convert(model)[0].norm.running_var, torch.ones(4))
+    """x.add_(1) is the same tensor, but not the convolution's output any more; nor do two layers scale alike."""
+    for function in (
+        lambda self, x: self.norm(self.conv(x).add_(1)),
+        lambda self, x: self.norm(self.conv(x)) + self.norm(self.other(x)),
+    ):
+        model = Calls(function, conv=nn.Conv2d(3, 4, 3), other=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4))
+        assert torch.equal(convert(model)[0].norm.running_var, torch.ones(4))
 
 
 def in_place(self, x):
@@ -219,14 +228,14 @@ def test_resnet_stays_a_resnet_but_for_its_blocks():
 def test_all_activations_modules_and_functions():
     acts = nn.Sequential(
         *(nn.ReLU(), nn.ReLU6(True), nn.LeakyReLU(), nn.ELU(), nn.CELU(), nn.SELU(), nn.GELU("tanh"), nn.SiLU()),
-        *(nn.Mish(), nn.Hardswish(), nn.Softplus(beta=20), nn.Hardsigmoid(), nn.Softplus(), nn.Sigmoid(), nn.Tanh()),
+        *(nn.Mish(), nn.Hardswish(), nn.Softplus(20), nn.Hardsigmoid(), nn.Softplus(5), nn.Sigmoid(), nn.Tanh()),
     )
 
     def many(self, x):
         x = self.acts(x)
         x = torch.relu(x) + x.relu() + F.relu6(x) + F.gelu(x, approximate="tanh") + F.silu(input=x)
         x = F.leaky_relu(x, 0.2, inplace=True) + F.elu(x, alpha=0.5) + F.mish(x) + F.hardswish(x) + torch.selu(x)
-        return F.hardsigmoid(x) + F.softplus(x, beta=50) + F.softplus(x) + F.celu(x) + torch.sigmoid(x)
+        return F.hardsigmoid(x) + F.softplus(x, beta=50) + F.softplus(x, 5) + F.celu(x) + torch.sigmoid(x)
 
     network, report = convert(Calls(many, acts=acts), images() - 0.5)
     assert not report.left
@@ -293,14 +302,16 @@ class Own(nn.Conv2d):
 def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
     """One of everything that has no low-curvature version, by the path in the report, and why not."""
     conv = partial(nn.Conv2d, 4, 4, 1)
-    tied, twin, hooked, zero, hook_calls = conv(), conv(), conv(), conv(), []
+    tied, twin, hooked, zero, zeros, hook_calls = conv(), conv(), conv(), conv(), nn.Linear(64, 64), []
     twin.weight = tied.weight
     hooked.register_forward_hook(lambda *_: hook_calls.append(1))
     nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zeros.weight)
     cases = {
         "own": (Own(4, 4, 1), "Own has a forward of its own"),
         "reflect": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "pads with 'reflect'"),
-        "even": (nn.Conv2d(4, 4, 4, padding="same"), "not the same at both ends"),
+        "wide": (nn.Conv2d(4, 4, (1, 4), padding="same"), "not the same at both ends"),
+        "high": (nn.Conv2d(4, 4, (4, 1), padding="same"), "not the same at both ends"),
         "parametrized": (spectral_norm(conv()), "parametrized already"),
         "hooked": (hooked, "has hooks"),
         "sizes.a": (Calls(lambda self, x: self.a(x) + self.a(x[..., 1:]).mean(), a=conv()), "several sizes"),
@@ -318,6 +329,7 @@ def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
         "flat": (nn.Flatten(2), ""),
         "norm1d": (nn.BatchNorm1d(4), "only BatchNorm2d"),
         "attention.a": (Calls(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(64, 2)), "attention"),
+        "zeros": (zeros, "its weight is zero"),
         "good": (nn.Linear(64, 4), ""),
         "unused.a": (Calls(lambda self, x: x, a=conv()), "not called on the example"),
     }
@@ -335,6 +347,20 @@ def test_what_is_left_is_in_the_report_in_order_and_with_its_reason():
     hook_calls.clear()
     network(images(8, 4))
     assert hook_calls == [1]  # the hook works still: it is the model's own function
+
+
+def test_a_layer_in_two_places_stays_one():
+    conv = nn.Conv2d(3, 3, 1)
+    network, _ = convert(nn.Sequential(conv, nn.Flatten(2), nn.Unflatten(2, (8, 8)), conv))
+    assert network[0] is network[3]
+    assert type(network[0]) is SpectralNormConv2d
+
+
+def test_weights_of_16_bits():
+    x = images(dtype=torch.bfloat16)
+    network, _ = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)).bfloat16(), x)
+    assert network(x).dtype == torch.bfloat16
+    assert operator_norm(network[0], (3, 8, 8)) == pytest.approx(1, abs=0.02)
 
 
 def test_each_part_is_optional():

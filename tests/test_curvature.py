@@ -70,6 +70,8 @@ def test_top_k_and_probes_against_the_dense_hessian():
     assert ((estimate.trace - dense.sum(dim=1)).abs() < 4 * estimate.trace_error).all()
     assert ((estimate.frobenius_norm - dense.norm(dim=1)).abs() < 4 * estimate.frobenius_norm_error).all()
     assert (estimate.curvature_score <= estimate.frobenius_norm).all()
+    few = estimate_curvature(model, x, y, num_iterations=3, top_k=4)
+    assert few.residual.isinf().all()  # the largest, of the value that is missing
 
 
 def test_one_pixel_is_enough():
@@ -77,8 +79,9 @@ def test_one_pixel_is_enough():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.rand(8, 1, 1, 1, dtype=torch.float64), torch.arange(8) % 3
-    estimate = estimate_curvature(model, x, y, generator=seeded())
-    torch.testing.assert_close(estimate.eigenvalue, dense_eigenvalues(model, x, y)[:, 0], rtol=1e-8, atol=0)
+    estimate = estimate_curvature(model, x, y, generator=seeded(), trace_probes=2)
+    for found in (estimate.eigenvalue, estimate.trace):  # of one number every sign tells the trace
+        torch.testing.assert_close(found, dense_eigenvalues(model, x, y)[:, 0], rtol=1e-8, atol=0)
 
 
 def test_the_lanczos_start_leans_on_the_gradient_but_is_not_it():
@@ -109,13 +112,23 @@ def test_a_constant_loss_has_no_curvature_and_without_a_gradient_a_model_is_refu
     model = nn.Linear(4, 3).double()  # in no list of modules: nothing freezes it
     constant, blind, detached = nn.Identity(), nn.Identity(), nn.Identity()
     constant.forward = lambda x: torch.zeros(len(x), 3, dtype=x.dtype) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
-    estimate = estimate_curvature(constant, x, y)
-    assert estimate.hessian_norm.tolist() == estimate.curvature.tolist() == estimate.residual.tolist() == [0, 0]
+    rounded = nn.Identity()
+    rounded.forward = lambda x: x.flatten(1)[:, :3].round()
+    for model_without in (constant, rounded):
+        estimate = estimate_curvature(model_without, x, y, tol=0)
+        assert estimate.converged.all()
+        assert estimate.hessian_norm.tolist() == estimate.curvature.tolist() == estimate.residual.tolist() == [0, 0]
     blind.forward = torch.no_grad()(constant.forward)
     detached.forward = lambda x: model(x.detach().mean(dim=(1, 2)))
     for refused in (blind, detached):
         with pytest.raises(ValueError, match="carry no gradient; remove any no_grad or detach"):
             estimate_curvature(refused, x, y)
+
+
+def test_logits_of_fewer_bits_are_measured_in_the_pixels_dtype():
+    model, narrow, (x, y) = small_model(), nn.Identity(), examples(2)
+    narrow.forward = lambda x: model(x).bfloat16()
+    assert estimate_curvature(narrow, x, y).loss.dtype == x.dtype
 
 
 def test_folding_grad_modes_and_the_type_of_labels_do_not_matter(thin_vgg):
@@ -197,10 +210,12 @@ def test_leaves_the_model_and_torch_as_they_were_even_when_it_fails():
         ({"labels": torch.tensor([-1, 0])}, "has 3 classes"),
         ({"labels": torch.tensor([0])}, r"labels of shape \(1,\)"),
         ({"images": torch.zeros(2, 4, 4), "labels": torch.tensor(0)}, r"labels of shape \(\).*images\[None\]"),
+        ({"labels": torch.rand(2)}, "labels of shape"),
         ({"labels": [0, 1]}, "types Tensor and list"),
         ({"images": torch.zeros(2, 2, 4, 4, dtype=torch.uint8)}, "of shape"),
         ({"images": torch.zeros(0, 2, 4, 4), "labels": torch.arange(0)}, "of shape"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"top_k": 0}, "top_k must be at least 1"),
         ({"tol": float("nan")}, "tol must be at least 0"),
     ],
 )

@@ -81,9 +81,21 @@ def test_a_folded_network_is_the_network(arch, size):
                 hessian.restrict(torch.tensor(keep, dtype=torch.bool))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    logits = folded(x)
+    nn.init.ones_(model.classifier.bias)
+    assert torch.equal(folded(x), logits)  # it holds copies
     v = torch.randn_like(x[:1])
     alone = FoldedHessian(folded, x[2:3], y[2:3]).product(v)  # 0 2 3 4, then 2 4, then 2
     torch.testing.assert_close(fast.product(v), alone, rtol=1e-7, atol=0)
+
+
+def test_a_folded_networks_logits_can_be_differentiated_once():
+    at = examples(2, 16)[0].requires_grad_()
+    loss = fold(lively("vgg11lcnn", 16))(at).square().sum()
+    first, second = (torch.autograd.grad(loss, at, create_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second.sum().backward()
 
 
 class Tanh5(nn.Linear):
@@ -100,12 +112,15 @@ class OtherBlock(ResidualBlock):
     ("arch", "path", "module"),
     [
         ("vgg11lcnn", "features.1", nn.Tanh()),
+        ("vgg11lowbeta", "features.1", nn.Softplus(10, threshold=5)),
         ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(8)),
         ("vgg11lowbeta", "features.0.norm", nn.BatchNorm2d(8, affine=False, track_running_stats=False)),
         ("vgg11", "features.0.conv", nn.Conv2d(3, 8, 3, padding=2, dilation=2)),
         ("vgg11", "features.0.conv", nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")),
+        ("vgg11", "features.2.conv", nn.Conv2d(8, 8, 3, padding=1, groups=2)),
         ("vgg11", "features.2", nn.MaxPool2d(3, 2, 1)),
         ("vgg11", "classifier", Tanh5(64, 5)),
+        ("vgg11", "classifier", nn.Linear(64, 5, bias=False)),
         ("resnetlcnn", "stages.0.0", OtherBlock(LCNN, 8, 8, 1, 16)),
         ("resnetlcnn", "stages.0.2", nn.Dropout2d()),  # one more
     ],
@@ -115,10 +130,14 @@ def test_a_network_that_was_changed_is_not_folded(arch, path, module):
     handle = next(model.children()).register_forward_hook(lambda module, inputs, output: 2 * output)
     assert fold(model) is None
     handle.remove()
+    model.classifier.forward = torch.tanh
+    assert fold(model) is None
+    del model.classifier.forward
     assert fold(model) is not None
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module.double())
     assert fold(model) is None
+    assert fold(TwoBlocks(5)) is None  # of a class of its own
 
 
 def test_the_cross_entropys_own_derivatives():

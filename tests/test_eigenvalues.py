@@ -151,11 +151,14 @@ def test_small_eigenvalues_beside_a_large_one_converge_to_their_own_digits():
     assert (found.residuals <= 1e-3).all()
     assert found.products.item() < 64
     torch.testing.assert_close(found.values[0], spectrum[:4], rtol=1e-5, atol=0)
+    nearly_zero = (1e-8 * torch.linspace(-1, 1, 60)).tolist()  # these need not
+    found = lanczos(diagonal(1, 0.5, *nearly_zero), start(1, 62), 20, 1e-3, k=3)
+    assert (found.residuals <= 1e-3).all()
 
 
 @pytest.mark.parametrize("method", methods)
 def test_examples_that_are_done_or_not_finite_cost_nothing_more_and_disturb_no_other(method):
-    matrices = random_symmetric(7, 40)
+    matrices = random_symmetric(7, 40) * torch.logspace(0, -60, 7, dtype=torch.float64)[:, None, None]
     matrices[1] = torch.eye(40, dtype=torch.float64)  # done after one product
     matrices[4] = 0
     matrices[5, 2, 2] = torch.inf
@@ -183,6 +186,7 @@ def test_all_signs_give_the_expectations_exactly(scale):
     torch.testing.assert_close(found.trace / scale, (matrices / scale).diagonal(dim1=1, dim2=2).sum(dim=1))
     lengths = (signs @ (matrices / scale)).norm(dim=2)  # (3, 64)
     torch.testing.assert_close(found.curvature_score / scale, lengths.mean(dim=1))
+    assert probe(Dense(matrices), 1, lambda: signs[:3]).trace_error.isnan().all()  # one tells none
 
 
 def test_standard_errors_are_those_of_repetitions():

@@ -53,11 +53,13 @@ geometries = pytest.mark.parametrize(
 @geometries
 def test_spectral_norm_is_that_of_the_dense_operator(kernel, stride, padding, size):
     conv = spectral_conv(3, 4, kernel, stride=stride, padding=padding, bias=False, input_size=size)
+    fresh = conv.eval().spectral_norm()
     # 600 steps: the gap to the second singular value is small for some, and the error falls by its square
     conv.power_iteration(600)
     matrix = dense_matrix(conv._operator, (3, *conv.input_size))
     torch.testing.assert_close(dense_matrix(conv._adjoint, tuple(conv.u.shape[1:])), matrix.T)
     true_norm = torch.linalg.matrix_norm(matrix, ord=2)
+    assert fresh > 0.9 * true_norm
     torch.testing.assert_close(conv.eval().spectral_norm(), true_norm, rtol=1e-4, atol=0)
     normalized = dense_matrix(conv, (3, *conv.input_size))
     assert torch.linalg.matrix_norm(normalized, ord=2).item() == pytest.approx(1, rel=1e-4)
@@ -74,6 +76,8 @@ def test_spectral_norm_iterates_in_training_only():
     torch.testing.assert_close((conv.u, conv.v), (expected.u, expected.v))
     sum(y.sum() for y in outputs).backward()
     assert conv.weight.grad.isfinite().all()
+    torch.nn.init.zeros_(conv.weight)
+    assert conv.train()(x).isfinite().all()  # no 0 / 0
 
 
 def test_the_spectral_norms_derivative_is_u_conv_v_and_needs_no_convolution():
@@ -100,7 +104,7 @@ def test_what_the_layers_cannot_do_is_refused():
     for refused, reason in (
         (lambda: SpectralNormConv2d(3, 4, 3, padding=1, padding_mode="reflect", input_size=8), "reflect"),
         (lambda: SpectralNormConv2d(3, 4, 3, padding="same", input_size=8), "same"),
-        (lambda: SpectralNormConv2d(3, 4, 5, input_size=4), "does not fit"),
+        (lambda: SpectralNormConv2d(3, 4, (5, 1), input_size=4), "does not fit"),
         (lambda: CenteredSoftplus(0), "positive"),
         (lambda: LipschitzBatchNorm2d(2, init_gamma=-1), "positive"),
         (lambda: LipschitzBatchNorm2d(2)(x), "more than 1 value per channel"),
@@ -121,14 +125,18 @@ def test_centered_softplus_has_its_closed_form_derivatives():
         torch.testing.assert_close(first, torch.sigmoid(b * x))
         torch.testing.assert_close(second, b * torch.sigmoid(b * x) * (1 - torch.sigmoid(b * x)))
     torch.testing.assert_close(CenteredSoftplus(1e5).double()(x), x.relu(), rtol=0, atol=1e-5)
+    assert CenteredSoftplus()(x.bfloat16()).dtype == torch.float32  # as under autocast
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("gamma", [2.0, 100.0])
-def test_batchnorm_in_eval_mode_is_torchs_times_the_clip(gamma):
-    norm = LipschitzBatchNorm2d(3, init_gamma=gamma).double().eval()
+def test_batchnorm_in_eval_mode_is_torchs_times_the_clip(gamma, affine):
+    norm = LipschitzBatchNorm2d(3, init_gamma=gamma, affine=affine).double().eval()
+    if affine:
+        torch.nn.init.constant_(norm.weight, -1.0)
     norm.running_var.copy_(torch.tensor([0.01, 4.0, 0.25], dtype=torch.float64))
     norm.running_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
-    plain = torch.nn.BatchNorm2d(3, affine=False).double().eval()
+    plain = torch.nn.BatchNorm2d(3, affine=affine).double().eval()
     plain.load_state_dict({k: v for k, v in norm.state_dict().items() if k != "log_gamma"})
     own = 1 / math.sqrt(0.01 + norm.eps)  # about 10: a gamma of 100 does not count
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
@@ -181,6 +189,13 @@ def test_convolution_in_training_is_torchs_in_every_derivative(kernel, stride, p
             derivatives(lambda x, conv=conv: conv(x).mul_(2), x, list(conv.parameters())) for conv in (ours, theirs)
         )
         torch.testing.assert_close(found, expected)
+
+
+def test_convolutions_of_other_kinds_are_torchs_in_training_too():
+    x = torch.rand(1, 2, 6, 6)
+    for other in ({"padding_mode": "reflect"}, {"dilation": 2}, {"groups": 2}, {"padding": "same"}):
+        conv = Conv2d(2, 2, 3, **{"padding": 1} | other)
+        torch.testing.assert_close((conv(x), conv(x[0])), (conv.eval()(x), conv(x[0])))
 
 
 def test_an_input_gradient_leaves_the_weights_gradient_out():

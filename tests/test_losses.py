@@ -1,5 +1,6 @@
 """The losses against finite differences in float64, on a network with all three kinds of low-curvature layer."""
 
+import argparse
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from regularized_loss import (
     GradNormRegularizedLoss,
     HessianLoss,
     gradnorm_penalty,
+    regularizers,
 )
 from train_models import build_parser
 
@@ -107,6 +109,7 @@ def test_value_and_terms(model, name):
     for term, value in loss.metadata.items():
         assert type(value) is float
         assert value == pytest.approx(expected[term], rel=1e-7), term
+        assert not loss.terms[term].requires_grad  # or it would keep the graph
     assert not x.requires_grad  # the caller's tensor is left alone
     loss.warmup_epochs = 2.0
     for loss.epoch, share in WARMUP:
@@ -183,6 +186,20 @@ def test_the_losses_of_the_bound_and_of_the_hessian(model, thin_vgg):
             assert penalty == pytest.approx(share * 0.5 * loss.metadata[term], rel=1e-6, abs=1e-12)
     assert bound.metadata["log_bound"] == pytest.approx(log_curvature_bound(vgg).item())
     assert hessian.metadata["hessian"] > 1e-8
+
+
+def test_every_flag_weighs_its_own_term(thin_vgg):
+    flags = argparse.Namespace(reg_gnorm=1, reg_beta=2, reg_gamma=3, reg_bound=4, reg_hessian=5)
+    losses = [make(model_architecture["vgg11lcnn"](3, 16), flags) for make in regularizers.values()]
+    found = [getattr(loss, "reg_constants", getattr(loss, "reg_constant", None)) for loss in losses]
+    assert found == [None, 1, (2, 3), (2, 3, 1), 1, 4, 5]
+
+
+def test_beta_or_gamma_alone_will_do():
+    for layer, terms in ((CenteredSoftplus(5.0), (5, 0)), (LipschitzBatchNorm2d(3, init_gamma=math.e), (0, 1))):
+        loss = CurvatureRegularizedLoss(nn.Sequential(layer, nn.Flatten()).eval())
+        loss.compute_loss(torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))
+        assert tuple(loss.metadata.values())[1:] == pytest.approx(terms)
 
 
 def test_the_help_of_a_weight_may_have_any_character(monkeypatch):

@@ -83,7 +83,7 @@ GOOD = {
     "logits of zero, with a gradient": lambda: network(end=Function(lambda z: z - z.detach())),
     "logits of sum zero": lambda: network(end=Function(lambda z: z - z.mean(dim=1, keepdim=True))),
     "attention": lambda: SequenceFirst(nn.LayerNorm(48)),
-    "bfloat16": lambda: network().bfloat16(),
+    "another rounding for each batch size": lambda: network(end=Function(lambda z: z * (1 + len(z) / 512))).bfloat16(),
 }
 
 
@@ -142,6 +142,7 @@ class Once(torch.autograd.Function):
         return 2 * gradient
 
 
+LAYER = nn.Linear(10, 10)  # in no list of modules: nothing freezes it
 RANDOM = "random in eval: layer "
 MIXES = "mixes examples: layer "
 TWICE = "cannot be differentiated twice .*"
@@ -152,6 +153,7 @@ REFUSED = [
     (lambda: network(nn.ReLU(inplace=True), dropout_within()), RANDOM + r"0\.2 \(Function\)"),
     (lambda: ManyKinds(Noise()), RANDOM + r"last \(Noise\)"),
     (lambda: Function(lambda net, x: net(x + torch.rand_like(x)), network()), "random .* the model's own forward"),
+    (lambda: Function(lambda net, x: net(x.sub_(0.5)), network(Noise())), RANDOM + r".* \(Noise\)"),
     (hooked, RANDOM + r"0\.1 \(Conv2d\)"),
     (scripted, "random in eval: .* gives two answers"),
     (lambda: network(nn.BatchNorm2d(4, track_running_stats=False)), MIXES + r"0\.1 \(BatchNorm2d\)"),
@@ -167,6 +169,7 @@ REFUSED = [
     (lambda: network(end=nn.Softmax(dim=1)), "gives probabilities, not logits"),
     (lambda: network(end=Function(lambda z: z.detach())), FLAT),
     (lambda: network(end=Function(lambda z: z.sign())), FLAT),
+    (lambda: network(end=Function(lambda z: LAYER(z.detach()))), FLAT),
     (lambda: network(end=Function(torch.inference_mode()(lambda z: z * 2))), FLAT),
     (lambda: network(end=Function(Once.apply)), TWICE + "once_differentiable"),
     (lambda: network(nn.Hardsigmoid()), TWICE + "hardsigmoid_backward"),  # of MobileNetV3 and EfficientNet's kin
