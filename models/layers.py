@@ -42,9 +42,9 @@ class CenteredSoftplus(nn.Module):
         """The scalar that the curvature penalty sums: b without the 1e-3."""
         return self.log_beta.exp()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         b = self.beta + self.BETA_OFFSET
-        x = x.to(b.dtype)  # softplus(b x) - log 2 needs all the bits, under autocast too
+        x = input.to(b.dtype)  # softplus(b x) - log 2 needs all the bits, under autocast too
         if self.training:  # cheaper to differentiate twice
             return centered_softplus(x, b)
         return (F.softplus(b * x) - math.log(2)) / b  # F.softplus is the identity above 20
@@ -128,10 +128,10 @@ class SpectralNormConv2d(Conv2d):
             gradient = conv2d_weight(self.v, self.weight.shape, self.u, *geometry)
         return (self.weight * gradient).sum()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         sigma = self.spectral_norm().clamp_min(self.EPS)
         # the derivative of weight / sigma takes twice as many passes over the weights
-        return self._conv_forward(x, self.weight * (1 / sigma), self.bias)
+        return self._conv_forward(input, self.weight * (1 / sigma), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, input_size={self.input_size}"
@@ -195,8 +195,8 @@ class LipschitzBatchNorm2d(nn.BatchNorm2d):
         s = (self.running_var.min() + self.eps).sqrt()
         return (s * gamma).clamp(max=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return scaled_batch_norm(self, x, self.clip())  # of the running variance before this batch
+    def forward(self, input: Tensor) -> Tensor:
+        return scaled_batch_norm(self, input, self.clip())  # of the running variance before this batch
 
 
 class Layers(NamedTuple):

@@ -44,7 +44,7 @@ def shared(change=lambda self, x: x, inplace: bool = False, **parts) -> Calls:
 
     def forward(self, x):
         x = self.relu(self.conv1(change(self, x)))
-        x = self.relu(self.conv2(x)) + x
+        x = self.relu(input=self.conv2(input=x)) + x
         return self.head(F.relu(x - 1).mean(dim=(2, 3)) + self.relu(x - 0.1).mean(dim=(2, 3)))
 
     parts |= {"conv1": nn.Conv2d(3, 4, 3, padding=1), "conv2": nn.Conv2d(4, 4, 3, padding=1)}
