@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = group.add_argument
     flag("--regularizer", choices=regularizers, default="none", help="the loss, see regularized_loss.py")
     flag("--dataset", choices=datasets, default="cifar100", help="digits needs no download")
-    flag("--image-size", type=cli.image_size, help="resize to this; ours: a multiple of 16 (default: 32; digits 16)")
+    flag("--image-size", type=cli.positive_int, help="resize to this; ours: a multiple of 16 (default: 32; digits 16)")
 
     flag = parser.add_argument_group("recipe").add_argument
     flag("--num-epochs", type=cli.positive_int, default=200, help="passes over the training split")
@@ -113,13 +113,17 @@ def check_flags(flags: argparse.Namespace) -> None:
 def train(flags: argparse.Namespace, arguments: Sequence[str] | None = None) -> Path:
     """Train as the flags say, and return the path of the finished checkpoint.
 
-    With ``arguments``, train_models.py's command line, an interruption prints the one that goes on.
+    Args:
+        arguments: the command line, if train_models.py is it; an interruption prints the one that goes on.
+
+    Raises:
+        UserError: on flags, files or data that do not do; what was saved before stays.
     """
     check_flags(flags)
     settings = training_settings(flags.precision, flags.strong_determinism_wanted)
     with settings, open_run(flags, defaults=build_parser().parse_args([])) as run:
         try:
-            if not run.is_finished or run.saved["flags"].get("data_dir") != run.flags["data_dir"]:
+            if not run.is_finished or run.data_moved:
                 size = run.flags["image_size"]
                 data = load_dataset(flags.dataset, flags.data_dir, size, flags.download).to(flags.device)
                 run.check_data(data)

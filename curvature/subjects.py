@@ -52,7 +52,7 @@ def add_subject_flags(group, default_split: str) -> None:
     group.add_argument("--data-dir", help="where the data set's files are (default: as in training, else datasets)")
     group.add_argument("--download", action="store_true", help="fetch cifar10, cifar100 or svhn if missing")
     group.add_argument(
-        "--image-size", type=cli.image_size, help="for a package.module:callable (default: the data set's)"
+        "--image-size", type=cli.positive_int, help="for a package.module:callable (default: the data set's)"
     )
     group.add_argument("--split", choices=("train", "test", "both"), default=default_split, help="which examples")
     how_many = group.add_mutually_exclusive_group()

@@ -127,7 +127,7 @@ def load_image_folder(root: Path, size: int) -> tuple[Split, list[str]]:
         remedy = "add images: --data-dir must hold train/<class>/ and test/<class>/"
         problem = error.strerror or " ".join(str(error).split())
         raise UserError(f"imagefolder: {root}: {problem}; {remedy}") from error
-    images = np.empty((len(folder), size, size, 3), dtype=np.uint8)
+    images = torch.empty(len(folder), size, size, 3, dtype=torch.uint8).numpy()  # numpy's own refusal is a ValueError
     for i, (path, _) in enumerate(progress(folder.samples, f"reading {root}", len(folder), "images")):
         try:
             image = read_image(path)
@@ -167,9 +167,15 @@ datasets = {
 
 
 def load_dataset(name: str, data_dir: str | Path, image_size: int | None = None, download: bool = False) -> ImageData:
-    """The data set of this name, its files in torchvision's layout, or train/ and test/, under data_dir.
+    """Load a data set by its name in ``datasets``.
 
-    If files are missing or damaged, a UserError says how to get them.
+    Args:
+        data_dir: where its files lie, or are put: in torchvision's layout, or train/ and test/.
+        image_size: height and width of the images, in pixels; None for the data set's own default.
+        download: fetch missing files (cifar10, cifar100, svhn).
+
+    Raises:
+        UserError: if files are missing or damaged; it says which, and how to get them.
     """
     entry = datasets[name]
     with distributed.first_of_machine_first() if download else contextlib.nullcontext():

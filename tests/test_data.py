@@ -4,6 +4,7 @@ import pickle
 import random
 import re
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -207,8 +208,8 @@ def test_resizing_in_parts_is_resizing_at_once():
 
 
 def test_images_larger_than_the_machines_memory_are_refused(photographs, tmp_path, capsys):
-    flags = ["--data-dir", photographs, "--image-size", 2**24, "--output-dir", tmp_path]
-    for name in ("digits", "imagefolder"):
+    for name, size in product(("digits", "imagefolder"), (2**24, 2**31)):
+        flags = ["--data-dir", photographs, "--image-size", size, "--output-dir", tmp_path]
         result = run_main(train_models, [*flags, "--dataset", name], capsys)
         assert_one_line_error(result, 1, "out of memory", "smaller", "--image-size")
 

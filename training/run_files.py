@@ -43,6 +43,11 @@ class Run:
         """Whether the run was finished before it was opened."""
         return self.resumed_from == self.checkpoint
 
+    @property
+    def data_moved(self) -> bool:
+        """Whether the data are elsewhere than where the run that goes on was started."""
+        return self.saved["flags"].get("data_dir") != self.flags["data_dir"]
+
     def epoch_files(self) -> list[Path]:
         """The epochs' checkpoints that are there, this run's or a replaced one's."""
         name = re.compile(re.escape(self.checkpoint.stem) + r"_epoch\d+\.pt")

@@ -61,7 +61,6 @@ positive_int = number(int, 1)
 positive_float = number(float, 0, exclusive=True)
 nonnegative_float = number(float, 0)
 fraction = number(float, 0, 1, exclusive=True)
-image_size = number(int, 1, 2**24)  # an image of more would have no size in bytes
 
 
 def pixel_distance(text: str) -> float:
