@@ -82,7 +82,9 @@ def format_summary(results: pd.DataFrame) -> str:
     lines.append(f"{'':<26} {'mean +/- sd':<26} {'median':<13}{'5 %':<11} 95 %")
     titles = QUANTITIES | {f"{name}_error": "  its standard error" for name in PROBED}
     for name, d in summary.items():
-        if isinstance(d, dict) and "mean" in d and (name in QUANTITIES or d["mean"] == d["mean"]):
+        if (
+            isinstance(d, dict) and "mean" in d and (name in QUANTITIES or pd.notna(d["mean"]))
+        ):  # one probe has no error
             title, spread = titles.get(name, name.replace("_", " ")), f"{d['mean']:.5g} +/- {d['sd']:.3g}"
             lines.append(f"{title:<26} {spread:<26} {d['median']:<13.5g}{d['q05']:<11.4g} {d['q95']:.4g}")
     cost = f"{summary['products']} Hessian-vector products, {summary['products'] / count:.3g} an example"

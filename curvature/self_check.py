@@ -63,9 +63,7 @@ def check_model(model: nn.Module, images: Tensor, num_classes: int, name: str) -
                 f"{name}: mixes examples: {layer} gives an image alone another answer than in a batch; "
                 "treat each image by itself in eval (a BatchNorm needs its running statistics)"
             )
-        # before training, a last layer of zeros has a gradient of zero
-        zeros = any(weight.ndim > 1 and not weight.any() for weight in model.parameters())
-        check_differentiable(logits_of, images, name, may_be_zero=zeros)
+        check_differentiable(model, logits_of, images, name)
 
 
 def check_values(logits: Tensor, name: str) -> None:
@@ -77,8 +75,11 @@ def check_values(logits: Tensor, name: str) -> None:
         raise UserError(f"{name}: gives probabilities, not logits; leave its softmax out")
 
 
-def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, name: str, may_be_zero: bool) -> None:
-    """Refuse a model whose logits have no gradient with respect to the pixels, or cannot be differentiated twice."""
+def check_differentiable(model: nn.Module, logits_of: Callable[[Tensor], Tensor], images: Tensor, name: str) -> None:
+    """Refuse a model whose logits have no gradient with respect to the pixels, or cannot be differentiated twice.
+
+    A gradient of zero passes where all weights of a layer are zero, as a last layer's may be before training.
+    """
     pixels = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits = logits_of(pixels).to(images.dtype)
@@ -97,7 +98,7 @@ def check_differentiable(logits_of: Callable[[Tensor], Tensor], images: Tensor, 
         except Exception as error:
             remedy = next((known for words, known in COMPILED.items() if words in str(error)), "use layers that can")
             raise UserError(f"{name}: cannot be differentiated twice ({one_line(error)}); {remedy}") from error
-    if gradient is None or not (may_be_zero or gradient.any()):
+    if gradient is None or not (gradient.any() or any(w.ndim > 1 and not w.any() for w in model.parameters())):
         raise UserError(
             f"{name}: its logits do not depend differentiably on the pixels; "
             "remove any no_grad, detach or rounding from its forward"
