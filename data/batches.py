@@ -77,7 +77,7 @@ def training_batches(
     """One epoch: every example once, in an order and with augmentations that only (seed, epoch) decide.
 
     Every process augments the whole batch and keeps its part: the images do not depend on the number of processes. A
-    single last example joins the batch before: BatchNorm cannot train on one 1 x 1 image.
+    single last example joins the batch before: BatchNorm cannot train on one 1 x 1 image. The crop's padding is H / 8.
     """
     generator = torch.Generator(split.images.device).manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator, device=split.images.device)

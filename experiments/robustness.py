@@ -110,8 +110,14 @@ def auto_attack(network: Network, images: Tensor, labels: Tensor, norm: str, eps
     With fewer than ten classes it has fewer targets, below four no targeted APGD. Its random numbers are drawn for the
     whole batch: what it finds for an image depends a little on the others.
 
+    Args:
+        norm: "l2" or "linf".
+
     Returns:
         (N, ...) pixels in [0, 1], within eps of the images; the images themselves where it found nothing.
+
+    Raises:
+        UserError: if AutoAttack is not installed.
     """
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # it seeds torch's generators
         settings = {"norm": {"l2": "L2", "linf": "Linf"}[norm], "eps": eps, "seed": seed, "device": images.device}
@@ -191,7 +197,11 @@ def examine(
 
 
 def summarize(results: pd.DataFrame) -> dict:
-    """The rows of one model and split in plain numbers; ``left_out`` has a gradient that is zero or not finite."""
+    """The rows of one model and split, with the columns of ``examine``, in plain numbers.
+
+    That is accuracy in percent by attack and eps, and mean and standard deviation of stability by delta. Examples whose
+    gradient is zero or not finite have no stability; ``left_out`` counts them.
+    """
     robust, stability = {}, {}
     for attack in ATTACKS:
         for column, withstands in results.filter(regex=f"^{attack}_").items():

@@ -28,7 +28,11 @@ def project(delta: Tensor, norm: str, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PGD:
-    """Steps of projected gradient ascent on the cross-entropy; ValueError on numbers that are not positive."""
+    """Steps of projected gradient ascent on the cross-entropy.
+
+    Raises:
+        ValueError: on an unknown norm, or numbers that are not positive.
+    """
 
     norm: str  # of NORMS
     eps: float  # radius of the ball, in units of pixels in [0, 1]
@@ -73,7 +77,10 @@ def adversarial_images(
 ) -> Tensor:
     """What adversarial training trains on: the end of one climb from a random start, (N, ...) pixels in [0, 1].
 
-    The model is attacked in eval mode, and left in the mode it was in.
+    Args:
+        model: attacked in eval mode, and left in the mode it was in.
+        images: (N, ...) pixels in [0, 1].
+        labels: (N,) class indices.
     """
     with frozen_in_eval(model):
         x = attack.random_start(images, generator)
@@ -84,7 +91,10 @@ def adversarial_images(
 
 
 def adversarial_batches(model: nn.Module, batches: Iterable[Batch], attack: PGD) -> Iterator[Batch]:
-    """The batches, each image moved against the model as it is by then, from random starts."""
+    """The batches, each image moved against the model as it is by then.
+
+    Random starts come from torch's global generator, which training seeds for each epoch.
+    """
     for batch in batches:
         yield batch._replace(images=adversarial_images(model, batch.images, batch.labels, attack))
 

@@ -112,6 +112,7 @@ def own_state(loss: CELoss) -> dict:
 class TrainingStep:
     """step(images, labels, weight): the loss of a batch, and the gradient of weight times it in every grad.
 
+    compute_loss takes the input gradient with create_graph: one backward pass gives the gradient of loss and penalty.
     The gradients, which must be None before, are summed over the processes, whose state starts as the first one's.
     The step returns ``train_loss``, the quantity minimized, and each unweighted term of the loss, as scalars.
     """
@@ -210,7 +211,9 @@ class FiniteSteps:
 def train_epoch(step: TrainingStep, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> dict[str, float]:
     """One pass of optimizer steps over batches; returns the means over the examples of what ``step`` returns.
 
-    NonFiniteStep on a loss or gradient that is not finite, before the optimizer uses it.
+    Raises:
+        UserError: on a batch too small to train BatchNorm with.
+        NonFiniteStep: on a loss or gradient that is not finite, before the optimizer uses it.
     """
     loss, model = step.loss, step.loss.model
     model.train()  # the rest of the loss, a teacher say, stays in the mode it is in
@@ -292,9 +295,10 @@ def evaluate(model: nn.Module, split: Split, batch_size: int) -> tuple[float, fl
 
 @torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, images: Tensor) -> None:
-    """Set BatchNorms' running statistics to those of one batch (n, 3, H, H), from the input on.
+    """Set every BatchNorm's running statistics to those of one batch (n, 3, H, H), layer by layer from the input on.
 
-    docs/training.md, "Short low-curvature runs", says why.
+    Behind spectrally normalized convolutions the standard deviations are some hundredths, far from the initial 1.
+    Running averages take a hundred steps to get there, and until then the clip min(1, s gamma) moves.
     """
 
     def set_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:  # just before the layer is applied

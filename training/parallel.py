@@ -50,9 +50,10 @@ def sum_together(tensors: list[Tensor]) -> None:
 
 @torch.no_grad()
 def equalize(loss: nn.Module, average: bool = False) -> None:
-    """Every parameter and buffer becomes the first process's, or with ``average`` the mean.
+    """Every parameter and buffer becomes the first process's, or, with ``average``, the mean over the processes.
 
-    What is equal on all processes keeps its bits. Integers become the first process's in either case.
+    The mean is for what each process computed from its own part of the batches, a running mean say. What is equal on
+    all processes keeps its bits. Integers, such as counters, become the first process's in either case.
     """
     if world_size() == 1:
         return

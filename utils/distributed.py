@@ -28,8 +28,11 @@ LOST += ("remote process exited", "ncclRemoteError", "Watchdog")
 def process_group(device: torch.device = CPU, timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
     """Join the other processes, if torchrun started any; of what is printed, the first process's is shown.
 
-    gloo carries what lies on the CPU, NCCL what lies on GPUs. torchrun ends the others if one fails. UserError if one
-    has ended, or did not answer for the timeout.
+    gloo carries what lies on the CPU, NCCL what lies on GPUs. torchrun ends the others if one fails.
+
+    Raises:
+        UserError: if another process has ended, or did not answer for the timeout.
+        UsageError: if this machine's processes would share a GPU.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for what names no device: streams, graphs

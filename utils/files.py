@@ -13,6 +13,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a temporary neighbour of path, then put it in path's place in one step.
 
     Whoever reads path finds the old content or the new, never a part; if anything fails the old one stays.
+
+    Raises:
+        UserError: if the disk or the folder does not take it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -31,7 +31,12 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def training_settings(precision: str = "fp32", deterministic: bool = True) -> Iterator[None]:
-    """All that training sets for the whole process, put back afterwards."""
+    """All that training sets for the whole process, put back afterwards.
+
+    Args:
+        precision: with "tf32", matrix products and convolutions read their float32 inputs to 10 bits.
+        deterministic: forbid operations whose result can differ between runs.
+    """
     attention = sdpa_kernel(SDPBackend.MATH)  # as it is measured; fused attention cannot be differentiated twice
     with tf32_allowed(precision == "tf32"), determinism(deterministic), denormals_flushed(), attention:
         yield
